@@ -76,3 +76,32 @@ def micl_energy(id_logits, outlier_logits):
     inlier, outlier = id_logits.logsumexp(1), outlier_logits.logsumexp(1)
     t = (inlier.mean() + outlier.mean()).detach() / 2
     return 0.5 * (F.softplus(t - inlier).mean() + F.softplus(outlier - t).mean()) - math.log(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two peers without real outliers, for README's table.
+
+
+def logit_norm(logits, labels, temperature=0.04):
+    """LogitNorm (Wei et al., arXiv 2205.09310, equation 5): cross-entropy of logits [B, C] of length 1 / temperature."""
+    return F.cross_entropy(F.normalize(logits, dim=1) / temperature, labels)
+
+
+class VOS(nn.Module):
+    """The uncertainty loss of VOS (Du et al., arXiv 2202.01197, equations 5 and 6), 0.1 of which joins cross-entropy.
+
+    A logistic regression, trained with the network, tells ID features from virtual outliers by a weighted energy:
+    E = log sum_k w_k exp(logit_k) with w_k >= 0 learned. Starts from w = 1 and from sigmoid(E).
+    """
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_classes))
+        self.logistic = nn.Parameter(torch.tensor([1.0, 0.0]))  # slope, offset
+
+    def forward(self, id_logits, outlier_logits):
+        """id_logits [B, C], outlier_logits [M, C] -> mean negative log-likelihood in nats over the B + M, a scalar."""
+        logits = torch.cat([id_logits, outlier_logits])
+        energy = (logits + self.weight.clamp_min(1e-6).log()).logsumexp(1)                   # [B + M]
+        is_id = (torch.arange(len(logits), device=logits.device) < len(id_logits)).float()
+        return F.binary_cross_entropy_with_logits(self.logistic[0] * energy + self.logistic[1], is_id)

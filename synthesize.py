@@ -77,6 +77,27 @@ def boundary_outliers(features, labels, per_class=100, generator=None, k_fractio
     return torch.cat(outliers), torch.cat(outlier_labels).to(labels.device)
 
 
+@torch.no_grad()
+def gaussian_outliers(features, labels, per_class, generator, draws=10000):
+    """The virtual outliers of VOS (arXiv 2202.01197, section 3.1), a peer -> outliers float32 [C * per_class, D].
+
+    features [N, D], labels [N] of all classes. Each class is a Gaussian about its mean, with the covariance of all
+    classes in common; of `draws` samples of it the per_class of lowest density stay. VOS refits its Gaussians as it
+    trains; here they are those of the network that it starts from.
+    """
+    classes = labels.unique()
+    means = torch.stack([features[labels == label].mean(0) for label in classes])         # [C, D]
+    centred = features - means[torch.searchsorted(classes, labels)]
+    covariance = (centred.T @ centred / len(features)).cpu()
+    root = torch.linalg.cholesky(covariance + 1e-4 * torch.eye(len(covariance)))          # [D, D], as released: + 1e-4 I
+    outliers = []
+    for mean in means:
+        z = torch.randn(draws, len(root), generator=generator)
+        z = z[z.square().sum(1).topk(per_class)[1]]                                       # lowest density: longest z
+        outliers.append(mean.cpu() + z @ root.T)
+    return torch.cat(outliers)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Latents: the code of a stage-2 feature map. The code is linear (the map's 256 principal components over the training
 # set: its layout), so it needs no training, and a synthesised code can replace the coded part of a real map and leave

@@ -428,6 +428,41 @@ def test_micl_energy_is_a_bound_on_the_information():
     assert (inlier.grad < 0).all() and (outlier.grad > 0).all()
 
 
+def test_logit_norm_by_hand():
+    """(3, 4) has length 5: softmax of (0.6, 0.8) / 0.5; the length of the logits does not matter."""
+    by_hand = math.log(1 + math.exp((0.6 - 0.8) / 0.5))                              # of the second class
+    for length in (1, 7):
+        found = losses.logit_norm(length * torch.tensor([[3.0, 4.0]]), torch.tensor([1]), temperature=0.5)
+        assert abs(found.item() - by_hand) < 1e-6
+
+
+def test_vos_by_hand():
+    """One ID row of energy log 6 and one outlier of log 2, then with class 0 weighted out; gradients reach the critic."""
+    vos = losses.VOS(2)
+    inlier, outlier = torch.tensor([[2.0, 4.0]]).log(), torch.tensor([[1.0, 1.0]]).log()
+    nll = lambda e_id, e_out: 0.5 * (math.log(1 + math.exp(-e_id)) + math.log(1 + math.exp(e_out)))
+    assert abs(vos(inlier, outlier).item() - nll(math.log(6), math.log(2))) < 1e-6
+    vos(inlier, outlier).backward()
+    assert all((p.grad != 0).all() for p in vos.parameters())
+    with torch.no_grad():
+        vos.weight[0] = -1
+        vos.logistic.copy_(torch.tensor([2.0, 0.5]))
+    assert abs(vos(inlier, outlier).item() - nll(2 * math.log(4) + 0.5, 0.5)) < 1e-4
+
+
+def test_gaussian_outliers_follow_their_class_and_its_density():
+    """Two classes with one covariance: as many as asked, about the class's mean, at the chi-square tail of its Gaussian."""
+    g = rng()
+    root = torch.randn(6, 6, generator=g)
+    labels = torch.tensor([0, 1]).repeat(2000)
+    features = torch.randn(4000, 6, generator=g) @ root.T + 50.0 * labels[:, None]
+    outliers = synthesize.gaussian_outliers(features, labels, 20, g)
+    assert outliers.shape == (40, 6)
+    for label, drawn in enumerate(outliers.split(20)):
+        distance = torch.linalg.solve(root, (drawn - 50.0 * label).T).square().sum(0)  # chi-square with 6 degrees
+        assert 18 < distance.min() and distance.max() < 60   # 20 of 10,000: beyond the 99.8 % quantile, 20.8, less 10 %
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores.
 
@@ -646,7 +681,7 @@ def tiny(monkeypatch):
 
 def contents(folder):
     """Everything in a run's folder that must not depend on the clock."""
-    files = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("ce", "outliers", "student")}
+    files = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("ce", "teacher", "outliers", "student")}
     results = json.loads((folder / "results.json").read_text())
     return files, results["models"]
 
@@ -665,14 +700,14 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
     assert_same(first, contents(tmp_path / "b"))
 
     # Interrupted after the first epoch of each stage, as a killed process leaves it.
-    save, stops = train.save, [("ce", 1), ("oal", 1)]
+    save, stops = train.save, [("ce", 1), ("teacher", 1), ("oal", 1)]
     def killed(state, args, name):
         save(state, args, name)
         if (state.get("stage"), state.get("epoch")) in stops:
             stops.remove((state["stage"], state["epoch"]))
             raise KeyboardInterrupt
     monkeypatch.setattr(train, "save", killed)
-    for words in ((), ("--resume",)):
+    for words in ((), ("--resume",), ("--resume",)):
         with pytest.raises(KeyboardInterrupt):
             tiny(tmp_path / "c", *words)
     tiny(tmp_path / "c", "--resume")
@@ -703,7 +738,7 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
 def test_switched_off_terms_and_shared_start(tiny, tmp_path):
     """All weights 0 is cross-entropy alone and needs no outliers; --ce starts from another run's network."""
     tiny(tmp_path / "a", *"--w-kd 0 --w-feat 0 --w-boundary 0 --w-latent 0".split())
-    assert not (tmp_path / "a" / "outliers.pt").exists()
+    assert not (tmp_path / "a" / "outliers.pt").exists() and not (tmp_path / "a" / "teacher.pt").exists()
     tiny(tmp_path / "b", "--ce", tmp_path / "a" / "ce.pt", *"--w-kd 0 --w-feat 0 --w-boundary 0 --w-latent 0".split())
     for name in ("ce", "student"):
         a, b = (torch.load(tmp_path / run / f"{name}.pt", weights_only=True) for run in "ab")
@@ -711,12 +746,16 @@ def test_switched_off_terms_and_shared_start(tiny, tmp_path):
 
 
 def test_every_ablation_changes_the_student(tiny, tmp_path):
-    """From one cross-entropy network: no two of these options give the same weights."""
+    """From one cross-entropy network and teacher: no two of these options give the same weights, and none the default's."""
     tiny(tmp_path / "default")
+    shared = "--ce", tmp_path / "default" / "ce.pt", "--teacher", tmp_path / "default" / "teacher.pt"
+    tiny(tmp_path / "again", *shared)
+    again, first = (torch.load(tmp_path / run / "student.pt", weights_only=True) for run in ("again", "default"))
+    assert all(again[key].equal(first[key]) for key in first)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
     for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--w-kd 0", "--w-feat 0",
-                               "--w-boundary 0", "--w-latent 0")):
-        tiny(tmp_path / str(i), "--ce", tmp_path / "default" / "ce.pt", *words.split())
+                               "--w-boundary 0", "--w-latent 0", "--peer vos", "--peer logitnorm")):
+        tiny(tmp_path / str(i), *shared, *words.split())
         students.append(torch.load(tmp_path / str(i) / "student.pt", weights_only=True)["conv1.weight"])
         assert not any(students[-1].equal(other) for other in students[:-1]), words
 

@@ -28,21 +28,21 @@ import synthesize
 
 BATCH = 128
 CE = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)  # OpenOOD v1.5's recipe for CIFAR
-OAL = dict(CE, lr=0.005)                                            # as released; its heads have rates of their own
-LR_PROJECTION, LR_Q = 0.01, 1e-4
+LR_PROJECTION, LR_Q = 0.01, 1e-4                                    # of the heads beside the student, as released
 OUTLIERS = 64                                                       # latents that join each batch of ID images
 LENGTHS = (0.5, 2.5)                                                # of boundary outliers, in mean lengths of ID features
 STRETCH = 1.5                                                       # of latents, away from the mean of the ID latents
 WEIGHTS = (("kd", 4.0, "logit distillation"), ("feat", 8.0, "feature distillation"),
-           ("boundary", 1.0, "MICL on boundary outliers"), ("latent", 1.0, "MICL on latent outliers"))
-# crop: padding of the random crop; 4 is the board's, 2 suits a network that sees each image 12 times.
-TIERS = {"resnet18": dict(epochs=(100, 100), crop=4, per_class=500, diffusion_steps=4000),
-         "resnet_small": dict(epochs=(8, 4), crop=2, per_class=50, diffusion_steps=1000)}
+           ("boundary", 0.3, "MICL on boundary outliers"), ("latent", 1.0, "MICL on latent outliers"))
+# Epochs of cross-entropy (and of the teacher) and of OAL; OAL's rate, 0.005 as released, which suits 100 epochs; padding
+# of the random crop, 4 on the board, less for a network that sees each image 11 times.
+TIERS = {"resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000),
+         "resnet_small": dict(epochs=(8, 3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000)}
 
 
 def generator(seed, stage):
     """A stage's only source of randomness: its draws are the same whether or not earlier stages were run here."""
-    return torch.Generator().manual_seed(10 * seed + ("weights", "ce", "synthesize", "oal").index(stage))
+    return torch.Generator().manual_seed(10 * seed + ("weights", "ce", "synthesize", "oal", "teacher").index(stage))
 
 
 def build(arch, num_classes, seed):
@@ -75,23 +75,25 @@ def average_gradients(parameters, world):
 def make_heads(net, teacher, outliers, weights, args):
     """What is trained beside the network, by name: feature distillation's projection, CLUB's q where --micl has one."""
     heads = {}
-    if weights["feat"]:
+    if "feat" in weights:
         heads["projection"] = models.projection(teacher.fc.in_features, net.fc.in_features)
     for kind in ("boundary", "latent"):
-        if weights[kind] and args.micl != "energy":
+        if kind in weights and args.micl != "energy":
             heads[kind] = losses.CLUB(outliers[kind].shape[1], net.fc.in_features, 512)
+    if "vos" in weights:
+        heads["vos"] = losses.VOS(net.fc.out_features)
     return torch.nn.ModuleDict(heads)
 
 
 def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, g):
-    """The terms of the objective for one batch -> {name: scalar}, only those whose weight is not 0.
+    """The terms of the objective for one batch -> {name: scalar}, those that `weights` names.
 
     x uint8 [B, 3, 32, 32] augmented, y int64 [B]. outliers: the tensors of outliers.pt, sorted by class.
     """
     with models.autocast(args.device):
         x = evaluate.normalize(x, args.dataset)
         maps = net.lower(x)                                                                           # [B, C, 16, 16]
-        if weights["latent"] and args.micl == "energy":
+        if "latent" in weights and args.micl == "energy":
             # Outliers join the batch half-way, so that they share its batch-norm statistics: in a pass of their own
             # they teach the network to recognise the statistics, and accuracy is lost.
             # Under torchrun each process takes its share of them, as of the images.
@@ -107,41 +109,44 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
                 outlier_maps = synthesize.transplant(codes, hosts, outliers)
             maps = torch.cat([maps, outlier_maps.to(maps)]).contiguous(memory_format=torch.channels_last)
         features = net.upper(maps)                                                                    # [B (+ 64), D]
-        if weights["kd"] or weights["feat"]:
+        if "kd" in weights or "feat" in weights:
             with torch.no_grad():
                 teacher_logits, teacher_features = teacher(x, return_feature=True)
     h, logits, outlier_logits = features[:len(x)], net.fc(features[:len(x)]), net.fc(features[len(x):])
 
-    terms = {"ce": F.cross_entropy(logits, y)}
-    if weights["kd"]:
+    terms = {}
+    if "ce" in weights:
+        terms["ce"] = F.cross_entropy(logits, y)
+    if "logitnorm" in weights:
+        terms["logitnorm"] = losses.logit_norm(logits, y)
+    if "kd" in weights:
         terms["kd"] = losses.distill_logits(logits, teacher_logits)
-    if weights["feat"]:
+    if "feat" in weights:
         terms["feat"] = losses.distill_features(h, heads["projection"](teacher_features))
-    for kind in ("boundary", "latent"):
-        if not weights[kind]:
-            continue
-        if kind == "latent" and args.micl == "energy":
-            terms[kind] = losses.micl_energy(logits, outlier_logits)
-            continue
+    if "latent" in weights and args.micl == "energy":
+        terms["latent"] = losses.micl_energy(logits, outlier_logits)
+    for kind in [kind for kind in ("boundary", "latent", "vos") if kind in weights and kind not in terms]:
         per_class = len(outliers[kind]) // net.fc.out_features                                        # sorted by class
         # Always BATCH draws, of which a process takes its share: so all stay in step under torchrun.
         mine = slice(args.rank, args.rank + args.world * len(y), args.world)
         classes, member = (torch.randint(high, (BATCH,), generator=g)[mine].to(y)
                            for high in (net.fc.out_features, per_class))
         o = outliers[kind][(y if args.micl == "club" else classes) * per_class + member]              # [B, D or L]
-        if args.micl == "energy":
+        if kind == "vos":
+            terms[kind] = heads[kind](logits, net.fc(o))
+        elif args.micl == "energy":
             # As a feature that could occur: no unit is negative, and any length about that of this batch's features.
             length = LENGTHS[0] + (LENGTHS[1] - LENGTHS[0]) * torch.rand(BATCH, 1, generator=g)[mine].to(h)
             o = F.normalize(o.relu(), dim=1) * h.detach().norm(dim=1).mean() * length
             terms[kind] = losses.micl_energy(logits, net.fc(o))
-            continue
-        if q_optimizer:  # 'club': q is fitted to the pairs by likelihood before the bound is read
-            q_optimizer.zero_grad()
-            (-heads[kind].log_likelihood(o, h.detach())).backward()
-            if args.world > 1:
-                average_gradients(list(heads[kind].parameters()), args.world)
-            q_optimizer.step()
-        terms[kind] = heads[kind](o, h)
+        else:
+            if q_optimizer:  # 'club': q is fitted to the pairs by likelihood before the bound is read
+                q_optimizer.zero_grad()
+                (-heads[kind].log_likelihood(o, h.detach())).backward()
+                if args.world > 1:
+                    average_gradients(list(heads[kind].parameters()), args.world)
+                q_optimizer.step()
+            terms[kind] = heads[kind](o, h)
     return terms
 
 
@@ -155,26 +160,28 @@ def check_finite(stage, first_step, names, values):
 
 
 def train(stage, net, images, labels, args, weights, teacher=None, outliers=None, keep=True):
-    """Trains `net` in place for one stage, 'ce' or 'oal', and adds the time that it took to args.seconds.
+    """Trains `net` in place for one stage, 'ce', 'teacher' or 'oal', and adds the time that it took to args.seconds.
 
-    images uint8 [N, 3, 32, 32] and labels int64 [N] on args.device. weights: {'kd', 'feat', 'boundary', 'latent'}; with
-    all at 0 this is plain cross-entropy training, which is what the stage 'ce' is. With `keep`, saves
-    checkpoint.pt after each epoch and starts from it where it holds this stage.
+    images uint8 [N, 3, 32, 32] and labels int64 [N] on args.device. weights: {term: weight}, as weights_of gives them;
+    {'ce': 1.0} is plain cross-entropy training. With `keep`, saves checkpoint.pt after each epoch and starts from it
+    where it holds this stage.
     """
     device, world, rank = args.device, args.world, args.rank
-    recipe, epochs = (CE, args.epochs[0]) if stage == "ce" else (OAL, args.epochs[1])
+    recipe, epochs = CE, args.epochs[0]
+    if stage == "oal":
+        recipe, epochs = dict(CE, lr=TIERS[args.arch]["oal_lr"]), args.epochs[1]
     g = generator(args.seed, stage)
     net.to(device, memory_format=torch.channels_last).train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2 ** 31, (), generator=g)))
         heads = make_heads(net, teacher, outliers, weights, args).to(device).train()
-    own_step = args.micl == "club"  # q fitted by likelihood in a step of its own; as released it shares the one optimiser
     groups, q_parameters = [{"params": list(net.parameters()), "lr": recipe["lr"]}], []
     for name, head in heads.items():
-        if name != "projection" and own_step:
+        if name in ("boundary", "latent") and args.micl == "club":  # q is fitted by likelihood in a step of its own
             q_parameters += head.parameters()
-        else:
-            groups.append({"params": list(head.parameters()), "lr": LR_PROJECTION if name == "projection" else LR_Q})
+        else:                                                       # as released, it shares the one optimiser
+            rate = {"projection": LR_PROJECTION, "vos": recipe["lr"]}.get(name, LR_Q)
+            groups.append({"params": list(head.parameters()), "lr": rate})
     optimizer = torch.optim.SGD(groups, **recipe)
     q_optimizer = torch.optim.Adam(q_parameters, 1e-3) if q_parameters else None
     trained = [p for group in groups for p in group["params"]]
@@ -257,6 +264,16 @@ def save(state, args, name):
         dist.barrier()
 
 
+def save_network(net, args, name):
+    """Writes a network's plain state_dict."""
+    save({key: value.cpu() for key, value in net.state_dict().items()}, args, name)
+
+
+def load_weights(net, args, name):
+    """Reads what save_network wrote: the same network in every process, whether trained here or in an earlier run."""
+    net.load_state_dict(torch.load(args.out / name, map_location="cpu", weights_only=True))
+
+
 def benchmark(args, images, labels):
     """Images per second of the bare network, of each kind of step and of the test pass -> the dict of benchmark.json.
 
@@ -267,7 +284,8 @@ def benchmark(args, images, labels):
     args = argparse.Namespace(**{**vars(args), "epochs": (1, 1)})
     images, labels = images[:n].to(args.device), labels[:n].to(args.device)
     net, teacher = (build(args.arch, evaluate.CLASSES[args.dataset], args.seed) for _ in range(2))
-    net.to(args.device, memory_format=torch.channels_last)
+    for part in (net, teacher):
+        part.eval().to(args.device, memory_format=torch.channels_last)
     codec = synthesize.fit_codec(next(synthesize.stage2(teacher, images, args.dataset, args.device))[0])
     classes = evaluate.CLASSES[args.dataset]
     outliers = {"boundary": torch.randn(classes * 2, net.fc.in_features),
@@ -289,15 +307,14 @@ def benchmark(args, images, labels):
     def teacher_forward():
         with torch.no_grad(), models.autocast(args.device):
             for _ in range(n // BATCH):
-                teacher.eval()(x)
+                teacher(x)
 
     wait = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
-    off, on = {"ce": 1, "kd": 0, "feat": 0, "boundary": 0, "latent": 0}, weights_of(args)
     parts = {"bare": lambda: bare(lambda: F.cross_entropy(net(x), labels[:BATCH])),
              "bare_upper": lambda: bare(lambda: net.classify(net.upper(maps)).square().mean()),  # the outliers' half
              "teacher_forward": teacher_forward,
-             "ce_step": lambda: train("ce", net, images, labels, args, off, keep=False),
-             "oal_step": lambda: train("oal", net, images, labels, args, on, teacher, outliers, keep=False),
+             "ce_step": lambda: train("ce", net, images, labels, args, {"ce": 1.0}, keep=False),
+             "oal_step": lambda: train("oal", net, images, labels, args, weights_of(args), teacher, outliers, keep=False),
              "test_pass": lambda: evaluate.outputs(net, images, args.dataset, args.device)}
     seconds = {}
     for _ in range(repeats + 1):  # the first round warms up
@@ -314,8 +331,11 @@ def benchmark(args, images, labels):
 
 
 def weights_of(args):
-    """The weight of each term of the student's objective."""
-    return {"ce": 1, "kd": args.w_kd, "feat": args.w_feat, "boundary": args.w_boundary, "latent": args.w_latent}
+    """The student's objective: {term: weight}, without the terms whose weight is 0."""
+    if args.peer:
+        return {"logitnorm": {"logitnorm": 1.0}, "vos": {"ce": 1.0, "vos": 0.1}}[args.peer]
+    weights = {"ce": 1.0, "kd": args.w_kd, "feat": args.w_feat, "boundary": args.w_boundary, "latent": args.w_latent}
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 def parse_args():
@@ -331,10 +351,11 @@ def parse_args():
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
-    parser.add_argument("--teacher", metavar="FILE", help="distil from this network, of any arch, not from ce.pt")
+    parser.add_argument("--teacher", metavar="FILE", help="distil from this network, of any arch, instead")
     parser.add_argument("--micl", choices=("energy", "released", "club"), default="energy", help="see losses.py")
     parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
                         help="noise: Gaussian noise in place of synthesised latents, to compare")
+    parser.add_argument("--peer", choices=("vos", "logitnorm"), help="train the student by this method in place of OAL")
     parser.add_argument("--sigma", type=float, default=synthesize.SIGMA, help="noise about the boundary, at 768 dims")
     parser.add_argument("--guidance", type=float, default=synthesize.GUIDANCE, help="weight of the condition in sampling")
     for name, value, what in WEIGHTS:
@@ -348,7 +369,7 @@ def parse_args():
     args.crop = tier["crop"]
     args.options = {name: value for name, value in vars(args).items()
                     if name not in ("data_root", "out", "device", "resume", "benchmark")}
-    args.seconds = {"ce": 0.0, "synthesize": 0.0, "oal": 0.0}
+    args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
     args.out = Path(args.out or f"runs/{args.dataset}")
     args.data_root = evaluate.check_data_root(args)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -367,7 +388,7 @@ def main():
     if saved and args.resume and saved["options"] != args.options:
         other = [name for name in args.options if saved["options"].get(name) != args.options[name]]
         evaluate.fail(f"{args.out} holds a run with other options ({', '.join(other)}): resume with the same command")
-    held = [name for name in ("ce.pt", "outliers.pt", "student.pt", "results.json") if (args.out / name).exists()]
+    held = [name for name in ("ce.pt", "teacher.pt", "outliers.pt", "student.pt", "results.json") if (args.out / name).exists()]
     if not args.benchmark and (saved and not args.resume or held and not saved):
         evaluate.fail(f"{args.out} holds another run's {', '.join(held) or 'checkpoint.pt'}: name another folder with "
                       "--out" + (", or go on with --resume" if saved else ""))
@@ -375,7 +396,7 @@ def main():
 
     # Images, and everything else that a user can get wrong, before the first second of training.
     ce = evaluate.load_network(args.ce, classes, args.arch) if args.ce else build(args.arch, classes, args.seed)
-    teacher = evaluate.load_network(args.teacher, classes) if args.teacher else ce
+    teacher = evaluate.load_network(args.teacher, classes) if args.teacher else None
     images, labels = (tensor.to(args.device) for tensor in evaluate.load(args.dataset, "train", args.data_root))
     if len(images) < BATCH or labels.bincount(minlength=classes).min() < 2:
         evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs {BATCH} images, and "
@@ -392,34 +413,47 @@ def main():
     else:  # claims the folder
         save({"stage": "start", "seconds": args.seconds, "options": args.options}, args, "checkpoint.pt")
 
-    # 1. The cross-entropy network: the baseline, the default teacher, the student's start.
+    # 1. The cross-entropy network: the baseline, the student's start.
     if not (args.out / "ce.pt").exists():  # else: a resumed run
         if not args.ce:
-            train("ce", ce, images, labels, args, {"ce": 1, "kd": 0, "feat": 0, "boundary": 0, "latent": 0})
-        save({name: value.cpu() for name, value in ce.state_dict().items()}, args, "ce.pt")
-    ce.load_state_dict(torch.load(args.out / "ce.pt", weights_only=True))  # one network in every process
+            train("ce", ce, images, labels, args, {"ce": 1.0})
+        save_network(ce, args, "ce.pt")
+    load_weights(ce, args, "ce.pt")
 
-    # 2. Outliers, from that network's features.
-    weights, outliers, begun = weights_of(args), None, time.perf_counter()
-    if weights["boundary"] or weights["latent"]:
+    # 2. The teacher: what a second cycle of the same schedule, on the same images, makes of that network.
+    weights = weights_of(args)
+    if weights.keys() & {"kd", "feat"} and not teacher:
+        teacher = models.build(args.arch, classes)
+        if not (args.out / "teacher.pt").exists():
+            load_weights(teacher, args, "ce.pt")
+            train("teacher", teacher, images, labels, args, {"ce": 1.0})
+            save_network(teacher, args, "teacher.pt")
+        load_weights(teacher, args, "teacher.pt")
+
+    # 3. Outliers, from the cross-entropy network's features.
+    outliers, begun = None, time.perf_counter()
+    if weights.keys() & {"boundary", "latent", "vos"}:
         if not (args.out / "outliers.pt").exists():
-            tier = TIERS[args.arch]
-            save(synthesize.synthesize(ce, images, labels, args.dataset, tier["per_class"], args.sigma, args.guidance,
-                                       tier["diffusion_steps"], generator(args.seed, "synthesize"), args.device),
-                 args, "outliers.pt")
+            tier, g = TIERS[args.arch], generator(args.seed, "synthesize")
+            if args.peer == "vos":
+                features = evaluate.outputs(ce, images, args.dataset, args.device)[1]
+                found = {"vos": synthesize.gaussian_outliers(features, labels.cpu(), tier["per_class"], g)}
+            else:
+                found = synthesize.synthesize(ce, images, labels, args.dataset, tier["per_class"], args.sigma,
+                                              args.guidance, tier["diffusion_steps"], g, args.device)
+            save(found, args, "outliers.pt")
             args.seconds["synthesize"] = time.perf_counter() - begun
         outliers = torch.load(args.out / "outliers.pt", map_location=args.device, weights_only=True)
 
-    # 3. The student.
+    # 4. The student.
     student = models.build(args.arch, classes)
-    if (args.out / "student.pt").exists():
-        student.load_state_dict(torch.load(args.out / "student.pt", weights_only=True))
-    else:
-        student.load_state_dict(ce.state_dict())
+    if not (args.out / "student.pt").exists():
+        load_weights(student, args, "ce.pt")
         train("oal", student, images, labels, args, weights, teacher, outliers)
-        save({name: value.cpu() for name, value in student.state_dict().items()}, args, "student.pt")
+        save_network(student, args, "student.pt")
+    load_weights(student, args, "student.pt")
 
-    # 4. Both networks, side by side.
+    # 5. Both networks, side by side.
     if args.rank == 0:
         begun = time.perf_counter()
         found = {}
