@@ -276,20 +276,19 @@ def draw_set(split):
     else:
         shapes = HELD_OUT_SHAPES if "held_out" in split else SHAPES
         labels = torch.randint(8, (n,), generator=g)
-        # Background: a faint gradient; clutter: three small squares anywhere; then the shape over it; then noise.
+        # Background: a faint gradient; clutter: one small square anywhere; then the shape over it; then noise.
         images = torch.lerp(first, second, 0.1 * (1 + along[:, None]))
-        for _ in range(3):
-            u, v = x - uniform(n, -1, 1, g), y - uniform(n, -1, 1, g)
-            clutter = torch.maximum(u.abs(), v.abs()) < uniform(n, 0.05, 0.2, g)
-            images = torch.where(clutter[:, None], torch.rand(n, 3, 1, 1, generator=g), images)
-        scale, du, dv = uniform(n, 0.5, 0.8, g), uniform(n, -0.2, 0.2, g), uniform(n, -0.2, 0.2, g)
+        u, v = x - uniform(n, -1, 1, g), y - uniform(n, -1, 1, g)
+        clutter = torch.maximum(u.abs(), v.abs()) < uniform(n, 0.05, 0.2, g)
+        images = torch.where(clutter[:, None], torch.rand(n, 3, 1, 1, generator=g), images)
+        scale, du, dv = uniform(n, 0.6, 0.9, g), uniform(n, -0.2, 0.2, g), uniform(n, -0.2, 0.2, g)
         u, v = (along - du) / scale, (across - dv) / scale                            # the shape's own coordinates
         masks = torch.stack([shape_masks(name, u, v) for name in shapes])             # [4, N, H, W]
         mask = masks[labels // 2, torch.arange(n)]                                    # [N, H, W]
         checks = ((u * 6).sin() * (v * 6).sin() > 0) & (labels % 2 == 1)[:, None, None]
         images = torch.where((mask & ~checks)[:, None], second, images)
         images = torch.where((mask & checks)[:, None], torch.lerp(first, second, 0.4), images)
-        images = images + 0.06 * torch.randn(images.shape, generator=g)
+        images = images + 0.03 * torch.randn(images.shape, generator=g)
         if "held_out" in split:
             labels = torch.full((n,), -1)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels

@@ -1,7 +1,7 @@
 """The terms of OAL's objective. Each can be copied out alone: nothing here imports the project.
 
     released: cross-entropy + 4 KD(logits) + 8 KD(features) + 0.1 MICL(boundary outliers) + 0.2 MICL(latent outliers)
-    here:     the same, with the mended MICL at the weights 1 and 1
+    here:     the same, with the mended MICL at the weights 0.3 and 1
 
 The distillation terms are those of the released code (openood/trainers/generative_ood_distill_trainer.py).
 MICL, the mutual-information contrast between ID features and outliers, is here three times: as released (`micl_released`,

@@ -671,7 +671,7 @@ def tiny(monkeypatch):
     """The embedded images, few of them, and a short diffusion, for whole runs in seconds."""
     monkeypatch.setattr(evaluate, "SHAPES_SIZES", {"train": 300, "val": 60, "test": 80, "held_out": 60, "noise": 40,
                                                    "stripes": 40, "flat": 40, "gradient": 40, "blobs": 40})
-    monkeypatch.setitem(train.TIERS, "resnet_small", dict(train.TIERS["resnet_small"], per_class=4, diffusion_steps=10))
+    monkeypatch.setitem(train.TIERS, "shapes", dict(train.TIERS["shapes"], per_class=4, diffusion_steps=10))
 
     def go(out, *words):
         monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--epochs", "2", "--device", "cpu", *map(str, words)])
@@ -767,7 +767,7 @@ import sys
 sys.path.insert(0, {str(HERE)!r})
 import evaluate, train
 evaluate.SHAPES_SIZES = {{name: 60 for name in ("val", "test", "held_out", *evaluate.GROUPS["shapes"]["far"])}} | {{"train": 260}}
-train.TIERS["resnet_small"].update(per_class=4, diffusion_steps=10)
+train.TIERS["shapes"].update(per_class=4, diffusion_steps=10)
 train.main()
 """)
     for name, launch in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))):

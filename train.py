@@ -1,13 +1,14 @@
 """OAL (Outlier Aware Learning), from the images to the table of results. Paper: Gao et al., arXiv 2406.16525.
 
     python train.py                                                        # embedded images, no download, 2 minutes
-    python train.py --dataset cifar100 --data-root DIR                     # resnet18, 100 + 100 epochs: a GPU
-    python train.py --dataset cifar100 --data-root DIR --arch resnet_small # 8 + 4 epochs: a laptop
+    python train.py --dataset cifar100 --data-root DIR                     # resnet18, 3 x 100 epochs: a GPU
+    python train.py --dataset cifar100 --data-root DIR --arch resnet_small # 8 + 8 + 3 epochs: a laptop
     torchrun --nproc_per_node=N train.py --dataset cifar100 --data-root DIR
 
-In the order in which things happen: a cross-entropy network (the baseline, the default teacher, the student's start);
-outliers synthesised from its features (synthesize.py); the student, trained on ID images and outliers (losses.py); both
-networks measured side by side (evaluate.py). An ablation is a weight of 0: `--w-kd 0` trains without logit distillation.
+In the order in which things happen: a cross-entropy network (the baseline, the student's start); its teacher, trained on
+from there; outliers synthesised from the network's features (synthesize.py); the student, trained on ID images and
+outliers (losses.py); network and student measured side by side (evaluate.py). An ablation is a weight of 0: `--w-kd 0`
+trains without logit distillation.
 """
 import argparse
 import json
@@ -32,12 +33,18 @@ LR_PROJECTION, LR_Q = 0.01, 1e-4                                    # of the hea
 OUTLIERS = 64                                                       # latents that join each batch of ID images
 LENGTHS = (0.5, 2.5)                                                # of boundary outliers, in mean lengths of ID features
 STRETCH = 1.5                                                       # of latents, away from the mean of the ID latents
-WEIGHTS = (("kd", 4.0, "logit distillation"), ("feat", 8.0, "feature distillation"),
-           ("boundary", 0.3, "MICL on boundary outliers"), ("latent", 1.0, "MICL on latent outliers"))
-# Epochs of cross-entropy (and of the teacher) and of OAL; OAL's rate, 0.005 as released, which suits 100 epochs; padding
-# of the random crop, 4 on the board, less for a network that sees each image 11 times.
-TIERS = {"resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000),
-         "resnet_small": dict(epochs=(8, 3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000)}
+WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary": "MICL on boundary outliers",
+           "latent": "MICL on latent outliers"}
+# What the command line leaves open. Epochs of cross-entropy (and of the teacher) and of OAL; OAL's rate, 0.005 as
+# released, which suits 100 epochs; padding of the random crop, 4 on the board, less for a network that sees each image
+# 11 times; outliers per class; steps of the diffusion model; weights, of which the distilling ones are as released.
+TIERS = {
+    "resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
+                     w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0),
+    "resnet_small": dict(epochs=(8, 3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
+                         w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0),
+    "shapes": dict(epochs=(8, 4), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
+                   w_kd=1.0, w_feat=8.0, w_boundary=1.0, w_latent=1.0)}
 
 
 def generator(seed, stage):
@@ -169,7 +176,7 @@ def train(stage, net, images, labels, args, weights, teacher=None, outliers=None
     device, world, rank = args.device, args.world, args.rank
     recipe, epochs = CE, args.epochs[0]
     if stage == "oal":
-        recipe, epochs = dict(CE, lr=TIERS[args.arch]["oal_lr"]), args.epochs[1]
+        recipe, epochs = dict(CE, lr=args.oal_lr), args.epochs[1]
     g = generator(args.seed, stage)
     net.to(device, memory_format=torch.channels_last).train()
     with torch.random.fork_rng(devices=[]):
@@ -358,15 +365,16 @@ def parse_args():
     parser.add_argument("--peer", choices=("vos", "logitnorm"), help="train the student by this method in place of OAL")
     parser.add_argument("--sigma", type=float, default=synthesize.SIGMA, help="noise about the boundary, at 768 dims")
     parser.add_argument("--guidance", type=float, default=synthesize.GUIDANCE, help="weight of the condition in sampling")
-    for name, value, what in WEIGHTS:
-        parser.add_argument(f"--w-{name}", type=float, default=value, help=f"weight of {what}; 0 switches it off")
+    for name, what in WEIGHTS.items():
+        parser.add_argument(f"--w-{name}", type=float, help=f"weight of {what}; 0 switches it off")
     args = parser.parse_args()
     args.arch = args.arch or ("resnet_small" if args.dataset == "shapes" else "resnet18")
     if args.outliers == "noise" and args.micl != "energy":
         evaluate.fail("--outliers noise is for --micl energy: the other forms never send outliers through the network")
-    tier = TIERS[args.arch]
-    args.epochs = (args.epochs, args.epochs) if args.epochs else tier["epochs"]
-    args.crop = tier["crop"]
+    args.epochs = (args.epochs, args.epochs) if args.epochs else None
+    for name, value in TIERS["shapes" if args.dataset == "shapes" else args.arch].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
     args.options = {name: value for name, value in vars(args).items()
                     if name not in ("data_root", "out", "device", "resume", "benchmark")}
     args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
@@ -434,13 +442,13 @@ def main():
     outliers, begun = None, time.perf_counter()
     if weights.keys() & {"boundary", "latent", "vos"}:
         if not (args.out / "outliers.pt").exists():
-            tier, g = TIERS[args.arch], generator(args.seed, "synthesize")
+            g = generator(args.seed, "synthesize")
             if args.peer == "vos":
                 features = evaluate.outputs(ce, images, args.dataset, args.device)[1]
-                found = {"vos": synthesize.gaussian_outliers(features, labels.cpu(), tier["per_class"], g)}
+                found = {"vos": synthesize.gaussian_outliers(features, labels.cpu(), args.per_class, g)}
             else:
-                found = synthesize.synthesize(ce, images, labels, args.dataset, tier["per_class"], args.sigma,
-                                              args.guidance, tier["diffusion_steps"], g, args.device)
+                found = synthesize.synthesize(ce, images, labels, args.dataset, args.per_class, args.sigma, args.guidance,
+                                              args.diffusion_steps, g, args.device)
             save(found, args, "outliers.pt")
             args.seconds["synthesize"] = time.perf_counter() - begun
         outliers = torch.load(args.out / "outliers.pt", map_location=args.device, weights_only=True)
