@@ -1,7 +1,7 @@
 """The terms of OAL's objective. Each can be copied out alone: nothing here imports the project.
 
     released: cross-entropy + 4 KD(logits) + 8 KD(features) + 0.1 MICL(boundary outliers) + 0.2 MICL(latent outliers)
-    here:     the same, with the mended MICL at the weights 0.3 and 1
+    here:     the same, with the mended MICL at the weights 0.3 and 2
 
 The distillation terms are those of the released code (openood/trainers/generative_ood_distill_trainer.py).
 MICL, the mutual-information contrast between ID features and outliers, is here three times: as released (`micl_released`,
@@ -64,17 +64,20 @@ def micl_released(club, outliers, features):
     return club(outliers, features)
 
 
-def micl_energy(id_logits, outlier_logits):
+def micl_energy(id_logits, outlier_logits, accepted=0.9):
     """MICL mended: minus a lower bound, in nats, of the information between a feature and 'ID or outlier?'.
 
     With Z = 1 for ID features and 0 for outliers, equally likely, I(h; Z) >= log 2 + E log q(Z|h) for any q (Barber &
     Agakov 2003). Here q sees a feature through its energy score E = log sum exp(logits) alone: q(Z = 1|h) =
-    sigmoid(E - t), t half-way between the batch's two mean energies. So the information has to be put where the
-    detector looks for it, by the network itself: there is no critic that could learn it in the network's place.
-    id_logits [B, C], outlier_logits [M, C] -> scalar in [-log 2, inf); 0 where the two have the same energies.
+    sigmoid(E - t). So the information has to be put where the detector looks for it, by the network itself: there is
+    no critic that could learn it in the network's place. t is the detector's threshold, the energy that a share
+    `accepted` of the batch's ID images exceed: outliers are pushed below it, and of the ID images only those near or
+    below it are pushed up. With t half-way between the two means, all ID images are pushed, the uncertain ones most,
+    and near-OOD images, which resemble them, rise with them.
+    id_logits [B, C], outlier_logits [M, C] -> scalar in [-log 2, inf); 0 where all energies are the same.
     """
     inlier, outlier = id_logits.logsumexp(1), outlier_logits.logsumexp(1)
-    t = (inlier.mean() + outlier.mean()).detach() / 2
+    t = inlier.detach().quantile(1 - accepted)
     return 0.5 * (F.softplus(t - inlier).mean() + F.softplus(outlier - t).mean()) - math.log(2)
 
 

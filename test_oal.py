@@ -414,14 +414,15 @@ def test_micl_energy_is_a_bound_on_the_information():
     logits = lambda energy: torch.stack([energy - 40, energy], dim=1)                # log-sum-exp = energy
     value = lambda a, b: losses.micl_energy(logits(torch.tensor(a)), logits(torch.tensor(b))).item()
     assert abs(value([2.0, 2.0], [2.0])) < 1e-6
-    assert abs(value([90.0], [-90.0]) + math.log(2)) < 1e-6
-    by_hand = 0.5 * ((math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-4))) / 2 + math.log(1 + math.exp(-3))) - math.log(2)
-    assert abs(value([7.0, 9.0], [2.0, 2.0]) - by_hand) < 1e-6                       # t = (8 + 2) / 2 = 5
+    assert abs(value([90.0] + [290.0] * 10, [-90.0]) + math.log(2)) < 1e-6           # t = 290: 10 of 11 are accepted
+    by_hand = 0.5 * ((math.log(1 + math.exp(0.2)) + math.log(1 + math.exp(-1.8))) / 2 + math.log(1 + math.exp(-5.2)))
+    assert abs(value([7.0, 9.0], [2.0, 2.0]) - by_hand + math.log(2)) < 1e-6         # t = 7.2, a tenth of the way
     # Energies N(1, 1) and N(-1, 1): sigmoid(2 E) would be the exact posterior; q = sigmoid(E) gives a lower bound.
     e = torch.randn(2, 200000, generator=rng()).double()
-    posterior = lambda slope: math.log(2) - 0.5 * (F.softplus(-slope * (e[0] + 1)).mean() + F.softplus(slope * (e[1] - 1)).mean())
+    bound_of = lambda slope, t: math.log(2) - 0.5 * (F.softplus(-slope * (e[0] + 1 - t)).mean()
+                                                     + F.softplus(slope * (e[1] - 1 - t)).mean()).item()
     bound = -losses.micl_energy(logits(e[0] + 1), logits(e[1] - 1)).item()
-    assert abs(bound - posterior(1).item()) < 1e-3 and bound < posterior(2).item() < math.log(2)
+    assert abs(bound - bound_of(1, 1 - 1.2816)) < 1e-3 and bound < bound_of(2, 0) < math.log(2)
     # Its gradient raises ID energies and lowers those of outliers.
     inlier, outlier = (torch.zeros(3, 5, requires_grad=True) for _ in range(2))
     losses.micl_energy(inlier, outlier).backward()

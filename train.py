@@ -30,7 +30,7 @@ import synthesize
 BATCH = 128
 CE = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)  # OpenOOD v1.5's recipe for CIFAR
 LR_PROJECTION, LR_Q = 0.01, 1e-4                                    # of the heads beside the student, as released
-OUTLIERS = 64                                                       # latents that join each batch of ID images
+OUTLIERS = 32                                                       # latents that join each batch of ID images
 LENGTHS = (0.5, 2.5)                                                # of boundary outliers, in mean lengths of ID features
 STRETCH = 1.5                                                       # of latents, away from the mean of the ID latents
 WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary": "MICL on boundary outliers",
@@ -40,9 +40,9 @@ WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary
 # 11 times; outliers per class; steps of the diffusion model; weights, of which the distilling ones are as released.
 TIERS = {
     "resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
-                     w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0),
+                     w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=2.0),
     "resnet_small": dict(epochs=(8, 3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
-                         w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0),
+                         w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=2.0),
     "shapes": dict(epochs=(8, 4), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
                    w_kd=1.0, w_feat=8.0, w_boundary=1.0, w_latent=1.0)}
 
@@ -106,16 +106,16 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
             # Under torchrun each process takes its share of them, as of the images.
             mine = slice(args.rank, None, args.world)
             codes = torch.randint(len(outliers["latent"]), (OUTLIERS,), generator=g)[mine].to(x.device)
-            codes = STRETCH * outliers["latent"][codes]                                               # [64, L]
+            codes = STRETCH * outliers["latent"][codes]                                               # [32, L]
             hosts = torch.randint(2 ** 31, (OUTLIERS,), generator=g)[mine].to(x.device) % len(x)
-            hosts = maps[hosts].detach().float()                                                      # [64, C, 16, 16]
+            hosts = maps[hosts].detach().float()                                                      # [32, C, 16, 16]
             if args.outliers == "noise":  # the row to beat: noise as strong as the maps, in place of the latents
                 noise = torch.randn(OUTLIERS, *hosts.shape[1:], generator=g)[mine].to(x.device)
                 outlier_maps = hosts + hosts.std() * noise
             else:
                 outlier_maps = synthesize.transplant(codes, hosts, outliers)
             maps = torch.cat([maps, outlier_maps.to(maps)]).contiguous(memory_format=torch.channels_last)
-        features = net.upper(maps)                                                                    # [B (+ 64), D]
+        features = net.upper(maps)                                                                    # [B (+ 32), D]
         if "kd" in weights or "feat" in weights:
             with torch.no_grad():
                 teacher_logits, teacher_features = teacher(x, return_feature=True)
