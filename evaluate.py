@@ -341,6 +341,8 @@ def load_network(path, num_classes, arch=None):
     if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
         fail(f"{path} holds no state_dict: give a dict of tensors saved by torch.save")
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    if any(value.is_floating_point() and not torch.isfinite(value).all() for value in state.values()):
+        fail(f"{path} holds weights that are not finite: train it again with a lower rate")
     widths = {width: name for name, (_, width) in models.ARCHS.items()}
     found = widths.get(len(state["conv1.weight"]) if "conv1.weight" in state and state["conv1.weight"].dim() else None)
     if found is None or (arch and arch != found):

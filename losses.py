@@ -1,7 +1,7 @@
-"""The terms of OAL's objective. Each can be copied out alone: nothing here imports the project.
+"""The terms of OAL's objective, and those of two peers. Each can be copied out alone: nothing here imports the project.
 
     released: cross-entropy + 4 KD(logits) + 8 KD(features) + 0.1 MICL(boundary outliers) + 0.2 MICL(latent outliers)
-    here:     the same, with the mended MICL at the weights 0.3 and 2
+    here:     the same, with the mended MICL at the weights 0.3 and 2 (on CIFAR; the embedded images have their own)
 
 The distillation terms are those of the released code (openood/trainers/generative_ood_distill_trainer.py).
 MICL, the mutual-information contrast between ID features and outliers, is here three times: as released (`micl_released`,
@@ -74,7 +74,8 @@ def micl_energy(id_logits, outlier_logits, accepted=0.9):
     `accepted` of the batch's ID images exceed: outliers are pushed below it, and of the ID images only those near or
     below it are pushed up. With t half-way between the two means, all ID images are pushed, the uncertain ones most,
     and near-OOD images, which resemble them, rise with them.
-    id_logits [B, C], outlier_logits [M, C] -> scalar in [-log 2, inf); 0 where all energies are the same.
+    id_logits [B, C], outlier_logits [M, C] -> scalar above -0.95 log 2, as the tenth of the ID images at or
+    below t is never told for certain; 0 where all energies are the same. t is of the rows given: a process's share.
     """
     inlier, outlier = id_logits.logsumexp(1), outlier_logits.logsumexp(1)
     t = inlier.detach().quantile(1 - accepted)

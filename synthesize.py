@@ -7,6 +7,8 @@
 2. A latent diffusion model, trained here in about a minute, learns ID latents given the unit feature of their image, and
    then draws latents under the boundary outliers as conditions. A latent is the code of a stage-2 feature map; decoded,
    it enters the network between `lower` and `upper`, and never becomes an image.
+
+`gaussian_outliers` are those of VOS, a peer.
 """
 import argparse
 import math
@@ -86,15 +88,16 @@ def gaussian_outliers(features, labels, per_class, generator, draws=10000):
     trains; here they are those of the network that it starts from.
     """
     classes = labels.unique()
+    features = features.cpu().double()                                                    # a covariance cancels
     means = torch.stack([features[labels == label].mean(0) for label in classes])         # [C, D]
     centred = features - means[torch.searchsorted(classes, labels)]
-    covariance = (centred.T @ centred / len(features)).cpu()
-    root = torch.linalg.cholesky(covariance + 1e-4 * torch.eye(len(covariance)))          # [D, D], as released: + 1e-4 I
+    covariance = centred.T @ centred / len(features)
+    root = torch.linalg.cholesky(covariance + 1e-4 * torch.eye(len(covariance)).double())  # [D, D], as released: + 1e-4 I
     outliers = []
     for mean in means:
         z = torch.randn(draws, len(root), generator=generator)
         z = z[z.square().sum(1).topk(per_class)[1]]                                       # lowest density: longest z
-        outliers.append(mean.cpu() + z @ root.T)
+        outliers.append((mean + z.double() @ root.T).float())
     return torch.cat(outliers)
 
 

@@ -410,11 +410,11 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has
 
 
 def test_micl_energy_is_a_bound_on_the_information():
-    """Closed forms: equal energies -> 0; far apart -> -log 2; in between by hand; never below minus the information."""
+    """Closed forms: equal energies -> 0; far apart -> near -log 2; in between by hand; never below minus the information."""
     logits = lambda energy: torch.stack([energy - 40, energy], dim=1)                # log-sum-exp = energy
     value = lambda a, b: losses.micl_energy(logits(torch.tensor(a)), logits(torch.tensor(b))).item()
     assert abs(value([2.0, 2.0], [2.0])) < 1e-6
-    assert abs(value([90.0] + [290.0] * 10, [-90.0]) + math.log(2)) < 1e-6           # t = 290: 10 of 11 are accepted
+    assert abs(value([90.0] * 3 + [290.0] * 8, [-90.0]) + (1 - 1.5 / 11) * math.log(2)) < 1e-6  # t = 90: 3 of 11 on it
     by_hand = 0.5 * ((math.log(1 + math.exp(0.2)) + math.log(1 + math.exp(-1.8))) / 2 + math.log(1 + math.exp(-5.2)))
     assert abs(value([7.0, 9.0], [2.0, 2.0]) - by_hand + math.log(2)) < 1e-6         # t = 7.2, a tenth of the way
     # Energies N(1, 1) and N(-1, 1): sigmoid(2 E) would be the exact posterior; q = sigmoid(E) gives a lower bound.
@@ -427,6 +427,11 @@ def test_micl_energy_is_a_bound_on_the_information():
     inlier, outlier = (torch.zeros(3, 5, requires_grad=True) for _ in range(2))
     losses.micl_energy(inlier, outlier).backward()
     assert (inlier.grad < 0).all() and (outlier.grad > 0).all()
+    # By hand, one logit each, t = 3: none through t, hardly any to ID images well above it.
+    inlier, outlier = torch.tensor([[2.0], [7.0], [9.0]], requires_grad=True), torch.tensor([[4.0]], requires_grad=True)
+    losses.micl_energy(inlier, outlier).backward()
+    assert torch.allclose(inlier.grad, -torch.sigmoid(3 - inlier) / 6, atol=1e-6)
+    assert torch.allclose(outlier.grad, torch.sigmoid(outlier - 3) / 2, atol=1e-6)
 
 
 def test_logit_norm_by_hand():
@@ -605,7 +610,8 @@ def test_threshold_accepts_the_share():
     (evaluate, "no.pt", "no.pt"), (evaluate, "", "checkpoints"), (evaluate, "x.pt --score best", "best"),
     (evaluate, "x.pt --threshold-tpr 1.5", "1.5"), (evaluate, "x.pt --threshold-tpr some", "some"),
     (synthesize, "no.pt", "no.pt"), (synthesize, "x.pt --device abacus", "abacus"),
-    (train, "--outliers noise --micl club", "--outliers noise"), (synthesize, "x.pt --per-class none", "whole number")])
+    (train, "--outliers noise --micl club", "--outliers noise"), (train, "--peer vos --w-kd 1", "--peer"),
+    (train, "--peer logitnorm --benchmark", "--peer"), (synthesize, "x.pt --per-class none", "whole number")])
 def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", *words.split(), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
@@ -648,7 +654,8 @@ def test_checkpoints_of_others(tmp_path, capsys):
                              (lambda: path.write_text("text"), None, "weights"), (lambda: torch.save([1, 2], path), None, "state_dict"),
                              (lambda: torch.save({"a": "b"}, path), None, "state_dict"), (lambda: torch.save({}, path), None, "state_dict"),
                              (lambda: torch.save(net, path), None, "weights"), (lambda: torch.save(small, path), None, "bn1.bias"),
-                             (lambda: torch.save(models.build("resnet18", 7).state_dict(), path), None, "7 classes")):
+                             (lambda: torch.save(models.build("resnet18", 7).state_dict(), path), None, "7 classes"),
+                             (lambda: torch.save({**state, "fc.bias": state["fc.bias"] / 0}, path), None, "not finite")):
         make()
         with pytest.raises(SystemExit) as stop:
             evaluate.load_network(path, 10, arch)
@@ -701,14 +708,14 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
     assert_same(first, contents(tmp_path / "b"))
 
     # Interrupted after the first epoch of each stage, as a killed process leaves it.
-    save, stops = train.save, [("ce", 1), ("teacher", 1), ("oal", 1)]
+    save, stops = train.save, [("ce", 1), ("teacher", 1), ("synthesize", None), ("oal", 1)]
     def killed(state, args, name):
         save(state, args, name)
         if (state.get("stage"), state.get("epoch")) in stops:
             stops.remove((state["stage"], state["epoch"]))
             raise KeyboardInterrupt
     monkeypatch.setattr(train, "save", killed)
-    for words in ((), ("--resume",), ("--resume",)):
+    for words in ((), *3 * [("--resume",)]):
         with pytest.raises(KeyboardInterrupt):
             tiny(tmp_path / "c", *words)
     tiny(tmp_path / "c", "--resume")
@@ -726,7 +733,10 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
     row = found["oal"]["scores"]["ebo"]
     assert row["sets"]["held_out"]["group"] == "near" and row["sets"]["held_out"]["n"] == 60
     assert abs(row["far"]["auroc"] - np.mean([s["auroc"] for s in row["sets"].values() if s["group"] == "far"])) < 1e-9
-    assert not all(files["ce"][key].equal(files["student"][key]) for key in files["ce"])
+    for a, b in (("ce", "student"), ("ce", "teacher"), ("teacher", "student")):
+        assert not all(files[a][key].equal(files[b][key]) for key in files["ce"])
+    assert all(json.loads((tmp_path / run / "results.json").read_text())["seconds"][stage] > 0
+               for run in "ac" for stage in ("ce", "teacher", "synthesize", "oal", "evaluate", "total"))
 
     # A finished folder is not written over, and not resumed with other options.
     for words, says in (((), "another run"), (("--resume", "--seed", "1"), "seed")):
@@ -750,12 +760,14 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
     """From one cross-entropy network and teacher: no two of these options give the same weights, and none the default's."""
     tiny(tmp_path / "default")
     shared = "--ce", tmp_path / "default" / "ce.pt", "--teacher", tmp_path / "default" / "teacher.pt"
+    torch.save(train.build("resnet18", 8, 0).state_dict(), tmp_path / "18.pt")       # a teacher of another arch
     tiny(tmp_path / "again", *shared)
     again, first = (torch.load(tmp_path / run / "student.pt", weights_only=True) for run in ("again", "default"))
     assert all(again[key].equal(first[key]) for key in first)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
     for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--w-kd 0", "--w-feat 0",
-                               "--w-boundary 0", "--w-latent 0", "--peer vos", "--peer logitnorm")):
+                               "--w-boundary 0", "--w-latent 0", "--peer vos", "--peer logitnorm",
+                               f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/18.pt")):
         tiny(tmp_path / str(i), *shared, *words.split())
         students.append(torch.load(tmp_path / str(i) / "student.pt", weights_only=True)["conv1.weight"])
         assert not any(students[-1].equal(other) for other in students[:-1]), words

@@ -36,8 +36,8 @@ STRETCH = 1.5                                                       # of latents
 WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary": "MICL on boundary outliers",
            "latent": "MICL on latent outliers"}
 # What the command line leaves open. Epochs of cross-entropy (and of the teacher) and of OAL; OAL's rate, 0.005 as
-# released, which suits 100 epochs; padding of the random crop, 4 on the board, less for a network that sees each image
-# 11 times; outliers per class; steps of the diffusion model; weights, of which the distilling ones are as released.
+# released, which suits 100 epochs; padding of the random crop, 4 on the board, less for a student that sees each image
+# 11 times; outliers per class; steps of the diffusion model; weights, on CIFAR the distilling ones as released.
 TIERS = {
     "resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
                      w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=2.0),
@@ -80,7 +80,7 @@ def average_gradients(parameters, world):
 
 
 def make_heads(net, teacher, outliers, weights, args):
-    """What is trained beside the network, by name: feature distillation's projection, CLUB's q where --micl has one."""
+    """What is trained beside the network, by name: feature distillation's projection, CLUB's q where --micl has one, VOS's critic."""
     heads = {}
     if "feat" in weights:
         heads["projection"] = models.projection(teacher.fc.in_features, net.fc.in_features)
@@ -138,7 +138,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
         mine = slice(args.rank, args.rank + args.world * len(y), args.world)
         classes, member = (torch.randint(high, (BATCH,), generator=g)[mine].to(y)
                            for high in (net.fc.out_features, per_class))
-        o = outliers[kind][(y if args.micl == "club" else classes) * per_class + member]              # [B, D or L]
+        o = outliers[kind][(y if kind != "vos" and args.micl == "club" else classes) * per_class + member]              # [B, D or L]
         if kind == "vos":
             terms[kind] = heads[kind](logits, net.fc(o))
         elif args.micl == "energy":
@@ -281,7 +281,7 @@ def load_weights(net, args, name):
     net.load_state_dict(torch.load(args.out / name, map_location="cpu", weights_only=True))
 
 
-def benchmark(args, images, labels):
+def benchmark(args, images, labels, teacher):
     """Images per second of the bare network, of each kind of step and of the test pass -> the dict of benchmark.json.
 
     Each is timed in this one run, three times in turn, and the best counts. A ratio is the time of our step over the sum
@@ -290,10 +290,11 @@ def benchmark(args, images, labels):
     n, repeats = min(10, len(images) // BATCH) * BATCH, 3
     args = argparse.Namespace(**{**vars(args), "epochs": (1, 1)})
     images, labels = images[:n].to(args.device), labels[:n].to(args.device)
-    net, teacher = (build(args.arch, evaluate.CLASSES[args.dataset], args.seed) for _ in range(2))
+    net = build(args.arch, evaluate.CLASSES[args.dataset], args.seed)
+    teacher = teacher or build(args.arch, evaluate.CLASSES[args.dataset], args.seed)
     for part in (net, teacher):
         part.eval().to(args.device, memory_format=torch.channels_last)
-    codec = synthesize.fit_codec(next(synthesize.stage2(teacher, images, args.dataset, args.device))[0])
+    codec = synthesize.fit_codec(next(synthesize.stage2(net, images, args.dataset, args.device))[0])
     classes = evaluate.CLASSES[args.dataset]
     outliers = {"boundary": torch.randn(classes * 2, net.fc.in_features),
                 "latent": torch.randn(classes * 2, len(codec["basis"])), **codec}
@@ -332,7 +333,11 @@ def benchmark(args, images, labels):
             wait()
             seconds.setdefault(name, []).append(time.perf_counter() - start)
     best = {name: min(times[1:]) for name, times in seconds.items()}
-    bare_parts = {"ce": best["bare"], "oal": best["bare"] + best["bare_upper"] + best["teacher_forward"]}
+    weights, bare_parts = weights_of(args), {"ce": best["bare"], "oal": best["bare"]}
+    if "latent" in weights and args.micl == "energy":
+        bare_parts["oal"] += best["bare_upper"]
+    if weights.keys() & {"kd", "feat"}:
+        bare_parts["oal"] += best["teacher_forward"]
     return {"images_per_second": {name: n / best[name] for name in best if name != "bare_upper"},
             "ratio": {name: best[f"{name}_step"] / bare_parts[name] for name in ("ce", "oal")}}
 
@@ -353,12 +358,12 @@ def parse_args():
     parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arch", choices=models.ARCHS, help="resnet18 on CIFAR, resnet_small on shapes")
-    parser.add_argument("--epochs", type=evaluate.positive, help="of both training stages; default: the arch's own")
+    parser.add_argument("--epochs", type=evaluate.positive, help="of each training stage, the teacher's too; default: the tier's own")
     parser.add_argument("--device", default=evaluate.best_device())
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
-    parser.add_argument("--teacher", metavar="FILE", help="distil from this network, of any arch, instead")
+    parser.add_argument("--teacher", metavar="FILE", help="distil from this network, of any arch, and train no teacher")
     parser.add_argument("--micl", choices=("energy", "released", "club"), default="energy", help="see losses.py")
     parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
                         help="noise: Gaussian noise in place of synthesised latents, to compare")
@@ -371,8 +376,12 @@ def parse_args():
     args.arch = args.arch or ("resnet_small" if args.dataset == "shapes" else "resnet18")
     if args.outliers == "noise" and args.micl != "energy":
         evaluate.fail("--outliers noise is for --micl energy: the other forms never send outliers through the network")
+    own = [name for name in WEIGHTS if getattr(args, f"w_{name}") is not None]
+    if args.peer and (own or args.benchmark or args.micl != "energy" or args.outliers != "diffusion"):
+        evaluate.fail("--peer is another objective than OAL's: leave out --w-*, --micl, --outliers and --benchmark")
     args.epochs = (args.epochs, args.epochs) if args.epochs else None
-    for name, value in TIERS["shapes" if args.dataset == "shapes" else args.arch].items():
+    embedded = args.dataset == "shapes" and args.arch == "resnet_small"
+    for name, value in TIERS["shapes" if embedded else args.arch].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.options = {name: value for name, value in vars(args).items()
@@ -396,7 +405,8 @@ def main():
     if saved and args.resume and saved["options"] != args.options:
         other = [name for name in args.options if saved["options"].get(name) != args.options[name]]
         evaluate.fail(f"{args.out} holds a run with other options ({', '.join(other)}): resume with the same command")
-    held = [name for name in ("ce.pt", "teacher.pt", "outliers.pt", "student.pt", "results.json") if (args.out / name).exists()]
+    held = [name for name in ("ce.pt", "teacher.pt", "outliers.pt", "vos.pt", "student.pt", "results.json")
+            if (args.out / name).exists()]
     if not args.benchmark and (saved and not args.resume or held and not saved):
         evaluate.fail(f"{args.out} holds another run's {', '.join(held) or 'checkpoint.pt'}: name another folder with "
                       "--out" + (", or go on with --resume" if saved else ""))
@@ -412,7 +422,7 @@ def main():
     sets, missing = evaluate.load_benchmark(args.dataset, args.data_root)
     evaluate.make_folder(args.out)
     if args.benchmark:
-        result = benchmark(args, images, labels)
+        result = benchmark(args, images, labels, teacher)
         print(json.dumps(result, indent=1))
         (args.out / "benchmark.json").write_text(json.dumps(result, indent=1))
         return
@@ -441,7 +451,8 @@ def main():
     # 3. Outliers, from the cross-entropy network's features.
     outliers, begun = None, time.perf_counter()
     if weights.keys() & {"boundary", "latent", "vos"}:
-        if not (args.out / "outliers.pt").exists():
+        file = "vos.pt" if args.peer else "outliers.pt"
+        if not (args.out / file).exists():
             g = generator(args.seed, "synthesize")
             if args.peer == "vos":
                 features = evaluate.outputs(ce, images, args.dataset, args.device)[1]
@@ -449,9 +460,10 @@ def main():
             else:
                 found = synthesize.synthesize(ce, images, labels, args.dataset, args.per_class, args.sigma, args.guidance,
                                               args.diffusion_steps, g, args.device)
-            save(found, args, "outliers.pt")
             args.seconds["synthesize"] = time.perf_counter() - begun
-        outliers = torch.load(args.out / "outliers.pt", map_location=args.device, weights_only=True)
+            save({"stage": "synthesize", "seconds": args.seconds, "options": args.options}, args, "checkpoint.pt")
+            save(found, args, file)
+        outliers = torch.load(args.out / file, map_location=args.device, weights_only=True)
 
     # 4. The student.
     student = models.build(args.arch, classes)
