@@ -80,7 +80,7 @@ def average_gradients(parameters, world):
 
 
 def make_heads(net, teacher, outliers, weights, args):
-    """What is trained beside the network, by name: feature distillation's projection, CLUB's q where --micl has one, VOS's critic."""
+    """What is trained beside the network, by name: feature distillation's projection, CLUB's q, VOS's critic."""
     heads = {}
     if "feat" in weights:
         heads["projection"] = models.projection(teacher.fc.in_features, net.fc.in_features)
@@ -383,7 +383,7 @@ def parse_args():
     embedded = args.dataset == "shapes" and args.arch == "resnet_small"
     for name, value in TIERS["shapes" if embedded else args.arch].items():
         if getattr(args, name, None) is None:
-            setattr(args, name, value)
+            setattr(args, name, 0.0 if args.peer and name.startswith("w_") else value)
     args.options = {name: value for name, value in vars(args).items()
                     if name not in ("data_root", "out", "device", "resume", "benchmark")}
     args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
