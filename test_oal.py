@@ -581,9 +581,10 @@ def test_metrics_know_no_scale_and_are_symmetric():
 
 
 def test_metrics_of_a_million_scores_cost_less_than_five_sorts():
+    """Stable ones: the others are many times as fast on processors whose vector instructions sort."""
     conf = np.random.default_rng(0).normal(size=1_000_000)
     best = lambda f: min((lambda t: (f(), time.perf_counter() - t)[1])(time.perf_counter()) for _ in range(3))
-    assert best(lambda: evaluate.detection_metrics(conf[:500_000], conf[500_000:])) < 5 * best(lambda: np.argsort(conf))
+    assert best(lambda: evaluate.detection_metrics(conf[:500_000], conf[500_000:])) < 5 * best(lambda: np.argsort(conf, kind="stable"))
 
 
 @pytest.mark.parametrize("conf_id, conf_ood", [([], [1.0]), ([1.0], []), ([float("nan")], [1.0]), ([1.0], [float("nan")])])
@@ -712,7 +713,7 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
     def killed(state, args, name):
         save(state, args, name)
         if (state.get("stage"), state.get("epoch")) in stops:
-            stops.remove((state["stage"], state["epoch"]))
+            stops.remove((state["stage"], state.get("epoch")))
             raise KeyboardInterrupt
     monkeypatch.setattr(train, "save", killed)
     for words in ((), *3 * [("--resume",)]):
