@@ -470,11 +470,10 @@ def detection_metrics(conf_id, conf_ood):
         raise ValueError("detection_metrics: a confidence is NaN")
     order = np.argsort(conf)
     conf, ood = conf[order], (order >= len(conf_id)).astype(np.float64)
-    starts = np.flatnonzero(np.r_[True, conf[1:] != conf[:-1]])       # one group per distinct confidence, ascending
-    n_ood = np.add.reduceat(ood, starts)
-    n_id = np.diff(np.r_[starts, len(conf)]) - n_ood
-    caught, flagged = np.cumsum(n_ood), np.cumsum(n_id)               # OOD positive: thresholds from the lowest up
-    kept, let_in = np.cumsum(n_id[::-1]), np.cumsum(n_ood[::-1])      # ID positive: from the highest down
+    ends = np.flatnonzero(np.r_[conf[1:] != conf[:-1], True])         # one group per distinct confidence, ascending
+    caught = np.cumsum(ood)[ends]                                     # OOD positive: thresholds from the lowest up
+    flagged = ends + 1 - caught
+    kept, let_in = ((n[-1] - np.r_[0, n[:-1]])[::-1] for n in (flagged, caught))  # ID positive: from the highest down
     return {"auroc": 100 * np.trapezoid(np.r_[0, caught], np.r_[0, flagged]) / caught[-1] / flagged[-1],
             "aupr_in": 100 * average_precision(kept, let_in),
             "aupr_out": 100 * average_precision(caught, flagged),
@@ -494,11 +493,10 @@ def fpr_at_recall(true, false, recall):
     The curve leaves out points on a straight line between their neighbours (its default `drop_intermediate`), which
     OpenOOD inherits: among ties the next corner of the curve counts, not the threshold itself.
     """
-    corner = np.ones(len(true), dtype=bool)
-    if len(true) > 2:
-        corner[1:-1] = (np.diff(true, 2) != 0) | (np.diff(false, 2) != 0)
-    true, false = true[corner], false[corner]
-    return false[np.argmax(true / true[-1] >= recall)] / false[-1]
+    i = np.argmax(true / true[-1] >= recall)
+    if 0 < i < len(true) - 1:  # the two ends are always on the curve
+        i += np.argmax(np.r_[(np.diff(true[i - 1:], 2) != 0) | (np.diff(false[i - 1:], 2) != 0), True])
+    return false[i] / false[-1]
 
 
 def threshold_at(conf_id, tpr):
