@@ -87,15 +87,15 @@ def micl_energy(id_logits, outlier_logits, accepted=0.9):
 
 
 def logit_norm(logits, labels, temperature=0.04):
-    """LogitNorm (Wei et al., arXiv 2205.09310, equation 5): cross-entropy of logits [B, C] of length 1 / temperature."""
+    """LogitNorm (Wei et al., arXiv 2205.09310): cross-entropy of logits [B, C] of length 1 / temperature."""
     return F.cross_entropy(F.normalize(logits, dim=1) / temperature, labels)
 
 
 class VOS(nn.Module):
-    """The uncertainty loss of VOS (Du et al., arXiv 2202.01197, equations 5 and 6), 0.1 of which joins cross-entropy.
+    """The uncertainty loss of VOS (Du et al., arXiv 2202.01197), 0.1 of which joins cross-entropy.
 
     A logistic regression, trained with the network, tells ID features from virtual outliers by a weighted energy:
-    E = log sum_k w_k exp(logit_k) with w_k >= 0 learned. Starts from w = 1 and from sigmoid(E).
+    E = log sum_k w_k exp(logit_k) with w_k > 0 learned. Starts from w = 1 and from sigmoid(E).
     """
 
     def __init__(self, num_classes):

@@ -81,14 +81,14 @@ def boundary_outliers(features, labels, per_class=100, generator=None, k_fractio
 
 @torch.no_grad()
 def gaussian_outliers(features, labels, per_class, generator, draws=10000):
-    """The virtual outliers of VOS (arXiv 2202.01197, section 3.1), a peer -> outliers float32 [C * per_class, D].
+    """The virtual outliers of VOS (arXiv 2202.01197), a peer -> outliers float32 [C * per_class, D].
 
-    features [N, D], labels [N] of all classes. Each class is a Gaussian about its mean, with the covariance of all
-    classes in common; of `draws` samples of it the per_class of lowest density stay. VOS refits its Gaussians as it
-    trains; here they are those of the network that it starts from.
+    features [N, D], labels [N] on the CPU; the result is sorted by class. Each class is a Gaussian about its mean, with
+    the covariance of all classes in common; of `draws` samples of it the per_class of lowest density stay. VOS refits
+    its Gaussians as it trains; here they are those of the network that it starts from.
     """
     classes = labels.unique()
-    features = features.cpu().double()                                                    # a covariance cancels
+    features = features.cpu().double()  # in float32 the Cholesky root can fail
     means = torch.stack([features[labels == label].mean(0) for label in classes])         # [C, D]
     centred = features - means[torch.searchsorted(classes, labels)]
     covariance = centred.T @ centred / len(features)

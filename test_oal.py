@@ -757,7 +757,7 @@ def test_switched_off_terms_and_shared_start(tiny, tmp_path):
 
 
 def test_every_ablation_changes_the_student(tiny, tmp_path):
-    """From one cross-entropy network and teacher: no two of these options give the same weights, and none the default's."""
+    """From one network and one teacher: the same bits as the run that made them, and no two options the same weights."""
     tiny(tmp_path / "default")
     shared = "--ce", tmp_path / "default" / "ce.pt", "--teacher", tmp_path / "default" / "teacher.pt"
     torch.save(train.build("resnet18", 8, 0).state_dict(), tmp_path / "18.pt")       # a teacher of another arch

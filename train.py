@@ -138,7 +138,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
         mine = slice(args.rank, args.rank + args.world * len(y), args.world)
         classes, member = (torch.randint(high, (BATCH,), generator=g)[mine].to(y)
                            for high in (net.fc.out_features, per_class))
-        o = outliers[kind][(y if kind != "vos" and args.micl == "club" else classes) * per_class + member]              # [B, D or L]
+        o = outliers[kind][(y if kind != "vos" and args.micl == "club" else classes) * per_class + member]  # [B, D or L]
         if kind == "vos":
             terms[kind] = heads[kind](logits, net.fc(o))
         elif args.micl == "energy":
@@ -358,7 +358,8 @@ def parse_args():
     parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arch", choices=models.ARCHS, help="resnet18 on CIFAR, resnet_small on shapes")
-    parser.add_argument("--epochs", type=evaluate.positive, help="of each training stage, the teacher's too; default: the tier's own")
+    parser.add_argument("--epochs", type=evaluate.positive,
+                        help="of each training stage, the teacher's too; default: the tier's own")
     parser.add_argument("--device", default=evaluate.best_device())
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
