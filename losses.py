@@ -1,7 +1,7 @@
 """The terms of OAL's objective, and those of two peers. Each can be copied out alone: nothing here imports the project.
 
     released: cross-entropy + 4 KD(logits) + 8 KD(features) + 0.1 MICL(boundary outliers) + 0.2 MICL(latent outliers)
-    here:     the same, with the mended MICL at the weights 0.3 and 2 (on CIFAR; the embedded images have their own)
+    here:     the same, with the mended MICL at the weights 0.3 and 1 (on CIFAR; the embedded images have their own)
 
 The distillation terms are those of the released code (openood/trainers/generative_ood_distill_trainer.py).
 MICL, the mutual-information contrast between ID features and outliers, is here three times: as released (`micl_released`,
@@ -64,7 +64,7 @@ def micl_released(club, outliers, features):
     return club(outliers, features)
 
 
-def micl_energy(id_logits, outlier_logits, accepted=0.9):
+def micl_energy(id_logits, outlier_logits, teacher_logits=None, accepted=0.9):
     """MICL mended: minus a lower bound, in nats, of the information between a feature and 'ID or outlier?'.
 
     With Z = 1 for ID features and 0 for outliers, equally likely, I(h; Z) >= log 2 + E log q(Z|h) for any q (Barber &
@@ -72,14 +72,22 @@ def micl_energy(id_logits, outlier_logits, accepted=0.9):
     sigmoid(E - t). So the information has to be put where the detector looks for it, by the network itself: there is
     no critic that could learn it in the network's place. t is the detector's threshold, the energy that a share
     `accepted` of the batch's ID images exceed: outliers are pushed below it, and of the ID images only those near or
-    below it are pushed up. With t half-way between the two means, all ID images are pushed, the uncertain ones most,
-    and near-OOD images, which resemble them, rise with them.
-    id_logits [B, C], outlier_logits [M, C] -> scalar above -0.95 log 2, as the tenth of the ID images at or
-    below t is never told for certain; 0 where all energies are the same. t is of the rows given: a process's share.
+    below it are pushed up.
+
+    Those are the uncertain ones, and near-OOD images, which resemble them, rise with them. So where there is a teacher,
+    `teacher_logits` of the ID images, an ID image's energy counts from the teacher's energy for the same image: pushed
+    up are those that sank against the teacher, certain or not, and the order of ID energies, by which near-OOD is told,
+    stays the teacher's. Distillation of logits cannot see to that: a softmax does not change with the energy. (A
+    reference that only ID images have makes the value no bound any more.)
+
+    id_logits, teacher_logits [B, C], outlier_logits [M, C] -> scalar above -0.95 log 2, as the tenth of the ID images
+    at or below its threshold is never told for certain; 0 where all energies are the same. Thresholds are of the rows
+    given: a process's share.
     """
-    inlier, outlier = id_logits.logsumexp(1), outlier_logits.logsumexp(1)
-    t = inlier.detach().quantile(1 - accepted)
-    return 0.5 * (F.softplus(t - inlier).mean() + F.softplus(outlier - t).mean()) - math.log(2)
+    inlier, outlier = id_logits.logsumexp(1), outlier_logits.logsumexp(1)                # [B], [M]
+    kept = inlier if teacher_logits is None else inlier - teacher_logits.logsumexp(1)    # [B]
+    t, t_kept = (energy.detach().quantile(1 - accepted) for energy in (inlier, kept))
+    return 0.5 * (F.softplus(t_kept - kept).mean() + F.softplus(outlier - t).mean()) - math.log(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -389,9 +389,12 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has
         x = torch.randn(64, 5, generator=g)
         return club(x + 0.3 * torch.randn(64, 5, generator=g), (x @ w).relu())
 
-    def mended(w, g):
+    def mended(w, g, teacher=lambda inlier: None):
         inlier, outlier = torch.randn(64, 5, generator=g), torch.randn(64, 5, generator=g) + 1
-        return losses.micl_energy(head((inlier @ w).relu()), head((outlier @ w).relu()))
+        return losses.micl_energy(head((inlier @ w).relu()), head((outlier @ w).relu()), teacher(inlier))
+
+    def mended_beside_a_teacher(w, g):
+        return mended(w, g, lambda inlier: head((inlier @ weight.detach()).relu()).detach())
 
     mean, single = feature_gradient(released, 1600, weight)
     assert mean < 2 * single / math.sqrt(1600)
@@ -404,7 +407,7 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has
         optimizer.step()
     mean, single = feature_gradient(released, 1600, weight)          # a fitted q does not mend the pairing
     assert mean < 2 * single / math.sqrt(1600)
-    for loss in (dependent, mended):
+    for loss in (dependent, mended, mended_beside_a_teacher):
         mean, single = feature_gradient(loss, 400, weight)
         assert mean > 0.4 * single
 
@@ -432,6 +435,24 @@ def test_micl_energy_is_a_bound_on_the_information():
     losses.micl_energy(inlier, outlier).backward()
     assert torch.allclose(inlier.grad, -torch.sigmoid(3 - inlier) / 6, atol=1e-6)
     assert torch.allclose(outlier.grad, torch.sigmoid(outlier - 3) / 2, atol=1e-6)
+
+
+def test_micl_energy_beside_a_teacher_lifts_what_sank_not_what_is_uncertain():
+    """One logit each, so energy = logit. Of three ID images the certain one fell 3 below its teacher's energy."""
+    student, teacher = torch.tensor([[2.0], [7.0], [9.0]], requires_grad=True), torch.tensor([[2.0], [7.0], [12.0]])
+    outlier = torch.tensor([[4.0]], requires_grad=True)
+    loss = losses.micl_energy(student, outlier, teacher)
+    softplus = lambda v: math.log(1 + math.exp(v))
+    kept = (softplus(-2.4) + softplus(-2.4) + softplus(0.6)) / 3                     # a tenth of the way: t = -2.4
+    assert abs(loss.item() - 0.5 * (kept + softplus(4 - 3)) + math.log(2)) < 1e-6    # outliers: t = 3, as without
+    loss.backward()
+    sigmoid = lambda v: 1 / (1 + math.exp(-v))
+    assert torch.allclose(student.grad.flatten(), -torch.tensor([sigmoid(-2.4), sigmoid(-2.4), sigmoid(0.6)]) / 6, atol=1e-6)
+    assert torch.allclose(outlier.grad, torch.tensor([[sigmoid(1.0) / 2]]), atol=1e-6)
+    # A student that is its teacher: all ID images alike, however uncertain; nothing but the outlier can be gained.
+    student = teacher.clone().requires_grad_()
+    losses.micl_energy(student, outlier.detach(), teacher).backward()
+    assert torch.allclose(student.grad, torch.full((3, 1), -0.5 / 6), atol=1e-6)
 
 
 def test_logit_norm_by_hand():

@@ -40,9 +40,9 @@ WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary
 # 11 times; outliers per class; steps of the diffusion model; weights, on CIFAR the distilling ones as released.
 TIERS = {
     "resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
-                     w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=2.0),
+                     w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0),
     "resnet_small": dict(epochs=(8, 3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
-                         w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=2.0),
+                         w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0),
     "shapes": dict(epochs=(8, 4), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
                    w_kd=1.0, w_feat=8.0, w_boundary=1.0, w_latent=1.0)}
 
@@ -116,6 +116,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
                 outlier_maps = synthesize.transplant(codes, hosts, outliers)
             maps = torch.cat([maps, outlier_maps.to(maps)]).contiguous(memory_format=torch.channels_last)
         features = net.upper(maps)                                                                    # [B (+ 32), D]
+        teacher_logits = None
         if "kd" in weights or "feat" in weights:
             with torch.no_grad():
                 teacher_logits, teacher_features = teacher(x, return_feature=True)
@@ -131,7 +132,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
     if "feat" in weights:
         terms["feat"] = losses.distill_features(h, heads["projection"](teacher_features))
     if "latent" in weights and args.micl == "energy":
-        terms["latent"] = losses.micl_energy(logits, outlier_logits)
+        terms["latent"] = losses.micl_energy(logits, outlier_logits, teacher_logits)
     for kind in [kind for kind in ("boundary", "latent", "vos") if kind in weights and kind not in terms]:
         per_class = len(outliers[kind]) // net.fc.out_features                                        # sorted by class
         # Always BATCH draws, of which a process takes its share: so all stay in step under torchrun.
@@ -145,7 +146,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
             # As a feature that could occur: no unit is negative, and any length about that of this batch's features.
             length = LENGTHS[0] + (LENGTHS[1] - LENGTHS[0]) * torch.rand(BATCH, 1, generator=g)[mine].to(h)
             o = F.normalize(o.relu(), dim=1) * h.detach().norm(dim=1).mean() * length
-            terms[kind] = losses.micl_energy(logits, net.fc(o))
+            terms[kind] = losses.micl_energy(logits, net.fc(o), teacher_logits)
         else:
             if q_optimizer:  # 'club': q is fitted to the pairs by likelihood before the bound is read
                 q_optimizer.zero_grad()
