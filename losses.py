@@ -65,24 +65,23 @@ def micl_released(club, outliers, features):
 
 
 def micl_energy(id_logits, outlier_logits, teacher_logits=None, accepted=0.9):
-    """MICL mended: minus a lower bound, in nats, of the information between a feature and 'ID or outlier?'.
+    """MICL mended: the information between a feature and 'ID or outlier?', put where the detector looks for it.
 
     With Z = 1 for ID features and 0 for outliers, equally likely, I(h; Z) >= log 2 + E log q(Z|h) for any q (Barber &
-    Agakov 2003). Here q sees a feature through its energy score E = log sum exp(logits) alone: q(Z = 1|h) =
-    sigmoid(E - t). So the information has to be put where the detector looks for it, by the network itself: there is
-    no critic that could learn it in the network's place. t is the detector's threshold, the energy that a share
-    `accepted` of the batch's ID images exceed: outliers are pushed below it, and of the ID images only those near or
-    below it are pushed up.
+    Agakov 2003). Here q(Z = 1|h) = sigmoid(E - t): E = log sum exp(logits) is the energy score and t the energy that a
+    share `accepted` of the batch's ID images exceed, a threshold such as a detector sets. No critic can learn what the
+    network should: its own energies have to tell the two apart. Without a teacher this returns minus the bound, in nats.
 
-    Those are the uncertain ones, and near-OOD images, which resemble them, rise with them. So where there is a teacher,
-    `teacher_logits` of the ID images, an ID image's energy counts from the teacher's energy for the same image: pushed
-    up are those that sank against the teacher, certain or not, and the order of ID energies, by which near-OOD is told,
-    stays the teacher's. Distillation of logits cannot see to that: a softmax does not change with the energy. (A
-    reference that only ID images have makes the value no bound any more.)
+    ID images of low energy are the uncertain ones. The bound lifts them, and near-OOD images, which resemble them, rise
+    too. With `teacher_logits`, of the same images, the ID term uses E(student) - E(teacher) and that difference's own
+    quantile; the outlier term is unchanged. It then lifts the images whose energy fell furthest from the teacher's,
+    compared with the rest of the batch, however certain they are. Distilled logits cannot see to that: a constant added
+    to an image's logits moves its energy and leaves its softmax as it was. It is no bound any more, as outliers have no
+    such reference.
 
-    id_logits, teacher_logits [B, C], outlier_logits [M, C] -> scalar above -0.95 log 2, as the tenth of the ID images
-    at or below its threshold is never told for certain; 0 where all energies are the same. Thresholds are of the rows
-    given: a process's share.
+    id_logits, teacher_logits [B, C], outlier_logits [M, C] -> scalar above -(1 + accepted) / 2 log 2, as ID images at or
+    below their threshold are never told for certain; 0 where nothing can be told. Thresholds are of the rows given: a
+    process's share.
     """
     inlier, outlier = id_logits.logsumexp(1), outlier_logits.logsumexp(1)                # [B], [M]
     kept = inlier if teacher_logits is None else inlier - teacher_logits.logsumexp(1)    # [B]

@@ -376,11 +376,11 @@ def feature_gradient(loss, batches, weight):
 
 def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has_not():
     """Features relu(x W), outliers drawn apart from them. Averaged over batches the released term's gradient shrinks
-    like 1 / sqrt(batches), as noise does; that of CLUB on dependent pairs and that of the energy critic stay."""
+    like 1 / sqrt(batches), as noise does; that of CLUB on dependent pairs and those of the mended term stay."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         club, head = losses.CLUB(5, 6, 16), torch.nn.Linear(6, 4)
-    weight = torch.randn(5, 6, generator=rng(99)).requires_grad_()
+    weight, other = torch.randn(5, 6, generator=rng(99)).requires_grad_(), torch.randn(5, 6, generator=rng(98))
 
     def released(w, g):
         return losses.micl_released(club, torch.randn(64, 5, generator=g) + 1, (torch.randn(64, 5, generator=g) @ w).relu())
@@ -394,7 +394,7 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has
         return losses.micl_energy(head((inlier @ w).relu()), head((outlier @ w).relu()), teacher(inlier))
 
     def mended_beside_a_teacher(w, g):
-        return mended(w, g, lambda inlier: head((inlier @ weight.detach()).relu()).detach())
+        return mended(w, g, lambda inlier: head((inlier @ other).relu()).detach())
 
     mean, single = feature_gradient(released, 1600, weight)
     assert mean < 2 * single / math.sqrt(1600)
@@ -438,21 +438,24 @@ def test_micl_energy_is_a_bound_on_the_information():
 
 
 def test_micl_energy_beside_a_teacher_lifts_what_sank_not_what_is_uncertain():
-    """One logit each, so energy = logit. Of three ID images the certain one fell 3 below its teacher's energy."""
-    student, teacher = torch.tensor([[2.0], [7.0], [9.0]], requires_grad=True), torch.tensor([[2.0], [7.0], [12.0]])
-    outlier = torch.tensor([[4.0]], requires_grad=True)
+    """Energies of three ID images, of which the certain one fell 3 below its teacher's, in two logits of equal size."""
+    logits = lambda *energies: torch.tensor(energies)[:, None].repeat(1, 2) - math.log(2)
+    student, outlier, teacher = logits(2.0, 7.0, 9.0), logits(4.0), logits(2.0, 7.0, 12.0)
+    for tensor in (student, outlier):
+        tensor.requires_grad_()
     loss = losses.micl_energy(student, outlier, teacher)
-    softplus = lambda v: math.log(1 + math.exp(v))
+    softplus, sigmoid = lambda v: math.log(1 + math.exp(v)), lambda v: 1 / (1 + math.exp(-v))
     kept = (softplus(-2.4) + softplus(-2.4) + softplus(0.6)) / 3                     # a tenth of the way: t = -2.4
     assert abs(loss.item() - 0.5 * (kept + softplus(4 - 3)) + math.log(2)) < 1e-6    # outliers: t = 3, as without
     loss.backward()
-    sigmoid = lambda v: 1 / (1 + math.exp(-v))
-    assert torch.allclose(student.grad.flatten(), -torch.tensor([sigmoid(-2.4), sigmoid(-2.4), sigmoid(0.6)]) / 6, atol=1e-6)
-    assert torch.allclose(outlier.grad, torch.tensor([[sigmoid(1.0) / 2]]), atol=1e-6)
-    # A student that is its teacher: all ID images alike, however uncertain; nothing but the outlier can be gained.
+    expected = -torch.tensor([sigmoid(-2.4), sigmoid(-2.4), sigmoid(0.6)]) / 6       # per image; half of it to each logit
+    assert torch.allclose(student.grad, expected[:, None] / 2, atol=1e-6)
+    assert torch.allclose(outlier.grad, torch.full((1, 2), sigmoid(1.0) / 4), atol=1e-6)
+    # What all images have in common does not count, and a student that is its teacher is pushed alike everywhere.
+    assert abs(losses.micl_energy(student, outlier, teacher + 5).item() - loss.item()) < 1e-6
     student = teacher.clone().requires_grad_()
     losses.micl_energy(student, outlier.detach(), teacher).backward()
-    assert torch.allclose(student.grad, torch.full((3, 1), -0.5 / 6), atol=1e-6)
+    assert torch.allclose(student.grad, torch.full((3, 2), -0.5 / 12), atol=1e-6)
 
 
 def test_logit_norm_by_hand():
@@ -792,6 +795,22 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
         tiny(tmp_path / str(i), *shared, *words.split())
         students.append(torch.load(tmp_path / str(i) / "student.pt", weights_only=True)["conv1.weight"])
         assert not any(students[-1].equal(other) for other in students[:-1]), words
+
+
+def test_micl_hears_the_teacher_where_there_is_one(tiny, tmp_path, monkeypatch):
+    """Both MICL terms get the logits that are distilled, or would be; without distillation none, whatever --teacher says."""
+    micl, distill, heard, distilled = losses.micl_energy, losses.distill_logits, [], []
+    monkeypatch.setattr(losses, "micl_energy", lambda inlier, outlier, teacher: heard.append(teacher) or micl(inlier, outlier, teacher))
+    monkeypatch.setattr(losses, "distill_logits", lambda logits, teacher: distilled.append(teacher) or distill(logits, teacher))
+    torch.save(train.build("resnet_small", 8, 1).state_dict(), tmp_path / "net.pt")
+    shared = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "net.pt"
+    tiny(tmp_path / "a", *shared, "--epochs", 1)
+    assert len(heard) == 2 * len(distilled) > 0
+    assert all(heard[2 * i + j] is teacher for i, teacher in enumerate(distilled) for j in range(2))
+    for i, (words, hears) in enumerate((("--w-kd 0", True), ("--w-feat 0", True), ("--w-kd 0 --w-feat 0", False))):
+        heard.clear()
+        tiny(tmp_path / str(i), *shared, "--epochs", 1, *words.split())
+        assert heard and all((teacher is not None) == hears for teacher in heard)
 
 
 def test_torchrun(tmp_path):

@@ -8,7 +8,7 @@
 In the order in which things happen: a cross-entropy network (the baseline, the student's start); its teacher, trained on
 from there; outliers synthesised from the network's features (synthesize.py); the student, trained on ID images and
 outliers (losses.py); network and student measured side by side (evaluate.py). An ablation is a weight of 0: `--w-kd 0`
-trains without logit distillation.
+trains without logit distillation. Without both distillations there is no teacher, and MICL does without its energies.
 """
 import argparse
 import json
