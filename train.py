@@ -43,7 +43,7 @@ TIERS = {
                      w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0),
     "resnet_small": dict(epochs=(8, 3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
                          w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0),
-    "shapes": dict(epochs=(8, 4), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
+    "shapes": dict(epochs=(8, 8), oal_lr=0.01, crop=1, per_class=50, diffusion_steps=1000,
                    w_kd=1.0, w_feat=8.0, w_boundary=1.0, w_latent=1.0)}
 
 
