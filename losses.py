@@ -64,29 +64,30 @@ def micl_released(club, outliers, features):
     return club(outliers, features)
 
 
-def micl_energy(id_logits, outlier_logits, teacher_logits=None, accepted=0.9):
+def micl_energy(id_logits, outlier_logits, reference=None, accepted=0.9):
     """MICL mended: the information between a feature and 'ID or outlier?', put where the detector looks for it.
 
     With Z = 1 for ID features and 0 for outliers, equally likely, I(h; Z) >= log 2 + E log q(Z|h) for any q (Barber &
     Agakov 2003). Here q(Z = 1|h) = sigmoid(E - t): E = log sum exp(logits) is the energy score and t the energy that a
     share `accepted` of the batch's ID images exceed, a threshold such as a detector sets. No critic can learn what the
-    network should: its own energies have to tell the two apart. Without a teacher this returns minus the bound, in nats.
+    network should: its own energies have to tell the two apart. Without a reference this returns minus the bound, in nats.
 
     ID images of low energy are the uncertain ones. The bound lifts them, and near-OOD images, which resemble them, rise
-    too. With `teacher_logits`, of the same images, the ID term uses E(student) - E(teacher) and that difference's own
-    quantile; the outlier term is unchanged. It then lifts the images whose energy fell furthest from the teacher's,
-    compared with the rest of the batch, however certain they are. Distilled logits cannot see to that: a constant added
-    to an image's logits moves its energy and leaves its softmax as it was. It is no bound any more, as outliers have no
-    such reference.
+    too; and as t moves with the batch, all energies may grow without end. With a `reference` [B], energies that a
+    teacher gives the same images, the ID half is a regression on it (smooth L1, in energy units) and t is taken from it:
+    ID images are held at the teacher's energies, and outliers pushed below them. Distilled logits could not hold them: a
+    constant added to an image's logits moves its energy and leaves its softmax as it was. It is no bound any more.
 
-    id_logits, teacher_logits [B, C], outlier_logits [M, C] -> scalar above -(1 + accepted) / 2 log 2, as ID images at or
-    below their threshold are never told for certain; 0 where nothing can be told. Thresholds are of the rows given: a
-    process's share.
+    id_logits [B, C], outlier_logits [M, C], reference [B] -> scalar; without a reference above -(1 + accepted) / 2 log 2,
+    as ID images at or below their threshold are never told for certain, and 0 where nothing can be told. The threshold is
+    of the rows given: a process's share.
     """
     inlier, outlier = id_logits.logsumexp(1), outlier_logits.logsumexp(1)                # [B], [M]
-    kept = inlier if teacher_logits is None else inlier - teacher_logits.logsumexp(1)    # [B]
-    t, t_kept = (energy.detach().quantile(1 - accepted) for energy in (inlier, kept))
-    return 0.5 * (F.softplus(t_kept - kept).mean() + F.softplus(outlier - t).mean()) - math.log(2)
+    t = (inlier.detach() if reference is None else reference).quantile(1 - accepted)
+    told = F.softplus(outlier - t).mean()
+    if reference is not None:
+        return 0.5 * (F.smooth_l1_loss(inlier, reference) + told)
+    return 0.5 * (F.softplus(t - inlier).mean() + told) - math.log(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

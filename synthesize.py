@@ -240,15 +240,15 @@ def ddim(net, conds, latent_dim, generator, guidance=GUIDANCE, steps=50):
     return torch.cat(drawn)
 
 
-def transplant(codes, hosts, codec):
+def transplant(codes, hosts, codec, detail=1.0):
     """Codes [B, L] of outliers -> stage-2 maps [B, C, H, W]: each host's map with its coded part replaced.
 
-    hosts [B, C, H, W] are maps of ID images. What the code leaves out stays the host's, so an outlier cannot be told
-    by detail that the codec never draws.
+    hosts [B, C, H, W] are maps of ID images. What the code leaves out stays the host's, times `detail` (a number or
+    [B, 1, 1, 1]), so an outlier cannot be told by detail that the codec never draws.
     """
     with torch.autocast(hosts.device.type, enabled=False):
-        change = (codes - encode(hosts, codec)) * codec["scale"] @ codec["basis"]         # [B, P]
-    return hosts + change.view(hosts.shape)
+        left_out = hosts - decode(encode(hosts, codec), codec, hosts.shape[1:])
+        return decode(codes, codec, hosts.shape[1:]) + detail * left_out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

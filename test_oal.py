@@ -272,7 +272,11 @@ def test_codec():
     other = synthesize.transplant(codes[:5], new, codec)
     assert torch.allclose(synthesize.encode(other, codec), codes[:5], atol=1e-3)  # the code is the outlier's,
     left_out = lambda m: m.flatten(1) - synthesize.decode(synthesize.encode(m, codec), codec, m.shape[1:]).flatten(1)
-    assert torch.allclose(left_out(other), left_out(new), atol=1e-3)              # the rest is the host's
+    assert torch.allclose(left_out(other), left_out(new), atol=1e-3)              # the rest is the host's, ...
+    factors = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0])
+    other = synthesize.transplant(codes[:5], new, codec, factors[:, None, None, None])
+    assert torch.allclose(left_out(other), factors[:, None] * left_out(new), atol=1e-3)  # ... weaker or stronger
+    assert torch.allclose(synthesize.encode(other, codec), codes[:5], atol=1e-3)
 
 
 def test_codec_is_the_best_linear_one(monkeypatch):
@@ -394,7 +398,7 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has
         return losses.micl_energy(head((inlier @ w).relu()), head((outlier @ w).relu()), teacher(inlier))
 
     def mended_beside_a_teacher(w, g):
-        return mended(w, g, lambda inlier: head((inlier @ other).relu()).detach())
+        return mended(w, g, lambda inlier: head((inlier @ other).relu()).detach().logsumexp(1))
 
     mean, single = feature_gradient(released, 1600, weight)
     assert mean < 2 * single / math.sqrt(1600)
@@ -437,26 +441,22 @@ def test_micl_energy_is_a_bound_on_the_information():
     assert torch.allclose(outlier.grad, torch.sigmoid(outlier - 3) / 2, atol=1e-6)
 
 
-def test_micl_energy_beside_a_teacher_lifts_what_sank_not_what_is_uncertain():
-    """Energies of three ID images, of which the certain one fell 3 below its teacher's; two logits, the student's equal."""
-    logits = lambda *energies: torch.tensor(energies)[:, None].repeat(1, 2) - math.log(2)
-    student, outlier = logits(2.0, 7.0, 9.0), logits(4.0)
-    teacher = torch.tensor([[2.0], [7.0], [12.0]]) + torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.3, 0.7]]).log()
-    for tensor in (student, outlier):
-        tensor.requires_grad_()
-    loss = losses.micl_energy(student, outlier, teacher)
-    softplus, sigmoid = lambda v: math.log(1 + math.exp(v)), lambda v: 1 / (1 + math.exp(-v))
-    kept = (softplus(-2.4) + softplus(-2.4) + softplus(0.6)) / 3                     # a tenth of the way: t = -2.4
-    assert abs(loss.item() - 0.5 * (kept + softplus(4 - 3)) + math.log(2)) < 1e-6    # outliers: t = 3, as without
+def test_micl_energy_beside_a_teacher_keeps_its_energies_and_sinks_outliers():
+    """By hand, two equal logits each: ID energies are drawn to the reference, outliers below its lowest tenth."""
+    logits = lambda *energies: (torch.tensor(energies)[:, None].repeat(1, 2) - math.log(2)).requires_grad_()
+    student, outlier, reference = logits(2.0, 7.5, 9.0), logits(4.0), torch.tensor([3.0, 7.0, 12.0])
+    loss = losses.micl_energy(student, outlier, reference)
+    kept = (0.5 + 0.125 + 2.5) / 3                                                   # smooth L1 of -1, 0.5 and -3
+    t = 3 + 0.2 * 4                                                                  # a tenth of the way up three
+    assert abs(loss.item() - 0.5 * (kept + math.log(1 + math.exp(4 - t)))) < 1e-6
     loss.backward()
-    expected = -torch.tensor([sigmoid(-2.4), sigmoid(-2.4), sigmoid(0.6)]) / 6       # per image; half of it to each logit
-    assert torch.allclose(student.grad, expected[:, None] / 2, atol=1e-6)
-    assert torch.allclose(outlier.grad, torch.full((1, 2), sigmoid(1.0) / 4), atol=1e-6)
-    # What all images have in common does not count, and a student that is its teacher is pushed alike everywhere.
-    assert abs(losses.micl_energy(student, outlier, teacher + 5).item() - loss.item()) < 1e-6
-    student = teacher.clone().requires_grad_()
-    losses.micl_energy(student, outlier.detach(), teacher).backward()
-    assert torch.allclose(student.grad.sum(1), torch.full((3,), -0.5 / 6), atol=1e-6)
+    assert torch.allclose(student.grad, torch.tensor([-1.0, 0.5, -1.0])[:, None] / 12, atol=1e-6)  # half to each logit
+    assert torch.allclose(outlier.grad, torch.full((1, 2), 0.25 / (1 + math.exp(t - 4))), atol=1e-6)
+    # The level is the teacher's: what the batch's own energies are moves no threshold, and a student that has them rests.
+    student = logits(3.0, 7.0, 12.0)
+    losses.micl_energy(student, outlier.detach(), reference).backward()
+    assert student.grad.abs().max() < 1e-6
+    assert losses.micl_energy(student, outlier, reference + 50) > losses.micl_energy(student, outlier, reference) + 20
 
 
 def test_logit_norm_by_hand():
@@ -799,19 +799,38 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
 
 
 def test_micl_hears_the_teacher_where_there_is_one(tiny, tmp_path, monkeypatch):
-    """Both MICL terms get the logits that are distilled, or would be; without distillation none, whatever --teacher says."""
-    micl, distill, heard, distilled = losses.micl_energy, losses.distill_logits, [], []
-    monkeypatch.setattr(losses, "micl_energy", lambda inlier, outlier, teacher: heard.append(teacher) or micl(inlier, outlier, teacher))
-    monkeypatch.setattr(losses, "distill_logits", lambda logits, teacher: distilled.append(teacher) or distill(logits, teacher))
+    """Both MICL terms get the teacher's reference for the batch; without distillation none, whatever --teacher says."""
+    micl, given, heard, made = losses.micl_energy, train.reference_energies, [], []
+    monkeypatch.setattr(losses, "micl_energy", lambda inlier, outlier, energies: heard.append(energies) or micl(inlier, outlier, energies))
+    monkeypatch.setattr(train, "reference_energies", lambda *outputs: made.append(given(*outputs)) or made[-1])
     torch.save(train.build("resnet_small", 8, 1).state_dict(), tmp_path / "net.pt")
     shared = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "net.pt"
     tiny(tmp_path / "a", *shared, "--epochs", 1)
-    assert len(heard) == 2 * len(distilled) > 0
-    assert all(heard[2 * i + j] is teacher for i, teacher in enumerate(distilled) for j in range(2))
+    assert len(heard) == 2 * len(made) > 0
+    assert all(heard[2 * i + j] is energies for i, energies in enumerate(made) for j in range(2))
     for i, (words, hears) in enumerate((("--w-kd 0", True), ("--w-feat 0", True), ("--w-kd 0 --w-feat 0", False))):
         heard.clear()
         tiny(tmp_path / str(i), *shared, "--epochs", 1, *words.split())
-        assert heard and all((teacher is not None) == hears for teacher in heard)
+        assert heard and all((energies is not None) == hears for energies in heard)
+
+
+def test_reference_energies():
+    """Ranked as fDBD ranks the batch, with the energies' mean and deviation; a feature's length does not count."""
+    weight = torch.randn(5, 6, generator=rng())
+    features = torch.randn(40, 6, generator=rng(1))
+    features = features - features.mean(0)
+    reference = train.reference_energies(features @ weight.T, features, weight)
+    energies = (features @ weight.T).logsumexp(1)
+    assert abs(reference.mean() - energies.mean()) < 1e-4 and abs(reference.std() - energies.std()) < 1e-4
+    logits = features[7] @ weight.T
+    top = logits.argmax()
+    by_hand = sum((logits[top] - logits[c]) / (weight[top] - weight[c]).norm() for c in range(5) if c != top) / 4 / features[7].norm()
+    fdbd = evaluate.fdbd(features @ weight.T, features, {"weight": weight, "features": features})
+    assert abs(fdbd[7] - by_hand) < 1e-5 and reference.argsort().equal(fdbd.argsort())
+    longer = torch.cat([features, -features]) * torch.linspace(1, 3, 40).repeat(2)[:, None]  # the mean stays 0
+    both = train.reference_energies(torch.cat([features, -features]) @ weight.T, torch.cat([features, -features]), weight)
+    assert train.reference_energies(longer @ weight.T, longer, weight).argsort().equal(both.argsort())
+    assert not (longer @ weight.T).logsumexp(1).argsort().equal((torch.cat([features, -features]) @ weight.T).logsumexp(1).argsort())
 
 
 def test_torchrun(tmp_path):

@@ -32,7 +32,7 @@ CE = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)  # OpenOOD v1.
 LR_PROJECTION, LR_Q = 0.01, 1e-4                                    # of the heads beside the student, as released
 OUTLIERS = 32                                                       # latents that join each batch of ID images
 LENGTHS = (0.5, 2.5)                                                # of boundary outliers, in mean lengths of ID features
-STRETCH = 1.5                                                       # of latents, away from the mean of the ID latents
+STRETCH = DETAIL = 2.0                                              # latents, their hosts' detail: times 0 to this
 WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary": "MICL on boundary outliers",
            "latent": "MICL on latent outliers"}
 # What the command line leaves open. Epochs of cross-entropy (and of the teacher) and of OAL; OAL's rate, 0.005 as
@@ -92,6 +92,17 @@ def make_heads(net, teacher, outliers, weights, args):
     return torch.nn.ModuleDict(heads)
 
 
+def reference_energies(logits, features, weight):
+    """A teacher's outputs for a batch, [B, C], [B, D], and its classifier [C, D] -> the energies [B] that MICL keeps.
+
+    How sure the teacher is, by fDBD (arXiv 2312.11536: the distance to the decision boundaries over that to the mean
+    feature), with the mean and standard deviation of its energies. Energies grow with a feature's length, which says
+    little of OOD; fDBD does not.
+    """
+    energies, confidence = logits.logsumexp(1), evaluate.fdbd(logits, features, {"weight": weight, "features": features})
+    return (confidence - confidence.mean()) / confidence.std().clamp_min(1e-6) * energies.std() + energies.mean()
+
+
 def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, g):
     """The terms of the objective for one batch -> {name: scalar}, those that `weights` names.
 
@@ -106,20 +117,23 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
             # Under torchrun each process takes its share of them, as of the images.
             mine = slice(args.rank, None, args.world)
             codes = torch.randint(len(outliers["latent"]), (OUTLIERS,), generator=g)[mine].to(x.device)
-            codes = STRETCH * outliers["latent"][codes]                                               # [32, L]
+            codes = outliers["latent"][codes]                                                         # [32, L]
             hosts = torch.randint(2 ** 31, (OUTLIERS,), generator=g)[mine].to(x.device) % len(x)
             hosts = maps[hosts].detach().float()                                                      # [32, C, 16, 16]
             if args.outliers == "noise":  # the row to beat: noise as strong as the maps, in place of the latents
                 noise = torch.randn(OUTLIERS, *hosts.shape[1:], generator=g)[mine].to(x.device)
                 outlier_maps = hosts + hosts.std() * noise
             else:
-                outlier_maps = synthesize.transplant(codes, hosts, outliers)
+                # Of every contrast and sharpness: from flat to glaring, from smooth to rough.
+                stretch, detail = (high * torch.rand(OUTLIERS, 1, generator=g)[mine].to(x.device) for high in (STRETCH, DETAIL))
+                outlier_maps = synthesize.transplant(stretch * codes, hosts, outliers, detail[:, :, None, None])
             maps = torch.cat([maps, outlier_maps.to(maps)]).contiguous(memory_format=torch.channels_last)
         features = net.upper(maps)                                                                    # [B (+ 32), D]
-        teacher_logits = None
+        reference = None
         if "kd" in weights or "feat" in weights:
             with torch.no_grad():
                 teacher_logits, teacher_features = teacher(x, return_feature=True)
+                reference = reference_energies(teacher_logits, teacher_features, teacher.fc.weight)   # [B]
     h, logits, outlier_logits = features[:len(x)], net.fc(features[:len(x)]), net.fc(features[len(x):])
 
     terms = {}
@@ -132,7 +146,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
     if "feat" in weights:
         terms["feat"] = losses.distill_features(h, heads["projection"](teacher_features))
     if "latent" in weights and args.micl == "energy":
-        terms["latent"] = losses.micl_energy(logits, outlier_logits, teacher_logits)
+        terms["latent"] = losses.micl_energy(logits, outlier_logits, reference)
     for kind in [kind for kind in ("boundary", "latent", "vos") if kind in weights and kind not in terms]:
         per_class = len(outliers[kind]) // net.fc.out_features                                        # sorted by class
         # Always BATCH draws, of which a process takes its share: so all stay in step under torchrun.
@@ -146,7 +160,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
             # As a feature that could occur: no unit is negative, and any length about that of this batch's features.
             length = LENGTHS[0] + (LENGTHS[1] - LENGTHS[0]) * torch.rand(BATCH, 1, generator=g)[mine].to(h)
             o = F.normalize(o.relu(), dim=1) * h.detach().norm(dim=1).mean() * length
-            terms[kind] = losses.micl_energy(logits, net.fc(o), teacher_logits)
+            terms[kind] = losses.micl_energy(logits, net.fc(o), reference)
         else:
             if q_optimizer:  # 'club': q is fitted to the pairs by likelihood before the bound is read
                 q_optimizer.zero_grad()
