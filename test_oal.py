@@ -636,7 +636,8 @@ def test_threshold_accepts_the_share():
     (evaluate, "x.pt --threshold-tpr 1.5", "1.5"), (evaluate, "x.pt --threshold-tpr some", "some"),
     (synthesize, "no.pt", "no.pt"), (synthesize, "x.pt --device abacus", "abacus"),
     (train, "--outliers noise --micl club", "--outliers noise"), (train, "--peer vos --w-kd 1", "--peer"),
-    (train, "--peer logitnorm --benchmark", "--peer"), (synthesize, "x.pt --per-class none", "whole number")])
+    (train, "--peer logitnorm --benchmark", "--peer"), (train, "--peer vos --reference ebo", "--peer"),
+    (train, "--micl club --reference ebo", "--reference"), (synthesize, "x.pt --per-class none", "whole number")])
 def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", *words.split(), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
@@ -790,7 +791,7 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
     again, first = (torch.load(tmp_path / run / "student.pt", weights_only=True) for run in ("again", "default"))
     assert all(again[key].equal(first[key]) for key in first)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
-    for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--w-kd 0", "--w-feat 0",
+    for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--reference fdbd", "--w-kd 0", "--w-feat 0",
                                "--w-boundary 0", "--w-latent 0", "--peer vos", "--peer logitnorm",
                                f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/18.pt")):
         tiny(tmp_path / str(i), *shared, *words.split())
@@ -815,22 +816,21 @@ def test_micl_hears_the_teacher_where_there_is_one(tiny, tmp_path, monkeypatch):
 
 
 def test_reference_energies():
-    """Ranked as fDBD ranks the batch, with the energies' mean and deviation; a feature's length does not count."""
-    weight = torch.randn(5, 6, generator=rng())
-    features = torch.randn(40, 6, generator=rng(1))
-    features = features - features.mean(0)
-    reference = train.reference_energies(features @ weight.T, features, weight)
-    energies = (features @ weight.T).logsumexp(1)
-    assert abs(reference.mean() - energies.mean()) < 1e-4 and abs(reference.std() - energies.std()) < 1e-4
-    logits = features[7] @ weight.T
-    top = logits.argmax()
-    by_hand = sum((logits[top] - logits[c]) / (weight[top] - weight[c]).norm() for c in range(5) if c != top) / 4 / features[7].norm()
-    fdbd = evaluate.fdbd(features @ weight.T, features, {"weight": weight, "features": features})
-    assert abs(fdbd[7] - by_hand) < 1e-5 and reference.argsort().equal(fdbd.argsort())
-    longer = torch.cat([features, -features]) * torch.linspace(1, 3, 40).repeat(2)[:, None]  # the mean stays 0
-    both = train.reference_energies(torch.cat([features, -features]) @ weight.T, torch.cat([features, -features]), weight)
-    assert train.reference_energies(longer @ weight.T, longer, weight).argsort().equal(both.argsort())
-    assert not (longer @ weight.T).logsumexp(1).argsort().equal((torch.cat([features, -features]) @ weight.T).logsumexp(1).argsort())
+    """'ebo' is the teacher's energies; 'fdbd' ranks as fDBD does, by hand, and does not hear a feature's length."""
+    weight, features = torch.randn(5, 6, generator=rng()), torch.randn(40, 6, generator=rng(1))
+    features = torch.cat([features, -features])                                      # their mean is 0 ...
+    longer = features * torch.linspace(1, 3, 40).repeat(2)[:, None]                  # ... at any length of such a pair
+    logits, energies = features @ weight.T, (features @ weight.T).logsumexp(1)
+    assert torch.allclose(train.reference_energies("ebo", logits, features, weight), energies, atol=1e-4)
+    kept = train.reference_energies("fdbd", logits, features, weight)
+    assert abs(kept.mean() - energies.mean()) < 1e-4 and abs(kept.std() - energies.std()) < 1e-4
+    by_hand = []
+    for z, h in zip(logits, features):
+        gaps = [(z.max() - z[c]) / (weight[z.argmax()] - weight[c]).norm() for c in range(5) if c != z.argmax()]
+        by_hand.append(sum(gaps) / 4 / h.norm())
+    assert kept.argsort().equal(torch.stack(by_hand).argsort())
+    assert train.reference_energies("fdbd", longer @ weight.T, longer, weight).argsort().equal(kept.argsort())
+    assert not (longer @ weight.T).logsumexp(1).argsort().equal(energies.argsort())
 
 
 def test_torchrun(tmp_path):

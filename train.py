@@ -37,14 +37,15 @@ WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary
            "latent": "MICL on latent outliers"}
 # What the command line leaves open. Epochs of cross-entropy (and of the teacher) and of OAL; OAL's rate, 0.005 as
 # released, which suits 100 epochs; padding of the random crop, 4 on the board, less for a student that sees each image
-# 11 times; outliers per class; steps of the diffusion model; weights, on CIFAR the distilling ones as released.
+# 11 times; outliers per class; steps of the diffusion model; weights, on CIFAR the distilling ones as released; the teacher's score
+# that MICL keeps.
 TIERS = {
     "resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
-                     w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0),
+                     w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0, reference="fdbd"),
     "resnet_small": dict(epochs=(8, 3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
-                         w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0),
+                         w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0, reference="fdbd"),
     "shapes": dict(epochs=(8, 8), oal_lr=0.01, crop=1, per_class=50, diffusion_steps=1000,
-                   w_kd=1.0, w_feat=8.0, w_boundary=1.0, w_latent=1.0)}
+                   w_kd=1.0, w_feat=8.0, w_boundary=1.0, w_latent=1.0, reference="ebo")}
 
 
 def generator(seed, stage):
@@ -92,14 +93,14 @@ def make_heads(net, teacher, outliers, weights, args):
     return torch.nn.ModuleDict(heads)
 
 
-def reference_energies(logits, features, weight):
+def reference_energies(score, logits, features, weight):
     """A teacher's outputs for a batch, [B, C], [B, D], and its classifier [C, D] -> the energies [B] that MICL keeps.
 
-    How sure the teacher is, by fDBD (arXiv 2312.11536: the distance to the decision boundaries over that to the mean
-    feature), with the mean and standard deviation of its energies. Energies grow with a feature's length, which says
-    little of OOD; fDBD does not.
+    The teacher's confidence by `score` of evaluate.py, with the mean and standard deviation of its energies: for 'ebo'
+    these energies themselves. They grow with a feature's length; 'fdbd' does not.
     """
-    energies, confidence = logits.logsumexp(1), evaluate.fdbd(logits, features, {"weight": weight, "features": features})
+    energies = logits.logsumexp(1)
+    confidence = evaluate.SCORES[score](logits, features, {"weight": weight, "features": features})
     return (confidence - confidence.mean()) / confidence.std().clamp_min(1e-6) * energies.std() + energies.mean()
 
 
@@ -133,7 +134,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
         if "kd" in weights or "feat" in weights:
             with torch.no_grad():
                 teacher_logits, teacher_features = teacher(x, return_feature=True)
-                reference = reference_energies(teacher_logits, teacher_features, teacher.fc.weight)   # [B]
+                reference = reference_energies(args.reference, teacher_logits, teacher_features, teacher.fc.weight)  # [B]
     h, logits, outlier_logits = features[:len(x)], net.fc(features[:len(x)]), net.fc(features[len(x):])
 
     terms = {}
@@ -384,6 +385,7 @@ def parse_args():
     parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
                         help="noise: Gaussian noise in place of synthesised latents, to compare")
     parser.add_argument("--peer", choices=("vos", "logitnorm"), help="train the student by this method in place of OAL")
+    parser.add_argument("--reference", choices=("ebo", "fdbd"), help="the teacher's score that MICL keeps: fdbd on CIFAR")
     parser.add_argument("--sigma", type=float, default=synthesize.SIGMA, help="noise about the boundary, at 768 dims")
     parser.add_argument("--guidance", type=float, default=synthesize.GUIDANCE, help="weight of the condition in sampling")
     for name, what in WEIGHTS.items():
@@ -392,9 +394,12 @@ def parse_args():
     args.arch = args.arch or ("resnet_small" if args.dataset == "shapes" else "resnet18")
     if args.outliers == "noise" and args.micl != "energy":
         evaluate.fail("--outliers noise is for --micl energy: the other forms never send outliers through the network")
+    if args.reference and args.micl != "energy":
+        evaluate.fail("--reference is for --micl energy: the other forms keep no energies")
     own = [name for name in WEIGHTS if getattr(args, f"w_{name}") is not None]
-    if args.peer and (own or args.benchmark or args.micl != "energy" or args.outliers != "diffusion"):
-        evaluate.fail("--peer is another objective than OAL's: leave out --w-*, --micl, --outliers and --benchmark")
+    if args.peer and (own or args.benchmark or args.micl != "energy" or args.outliers != "diffusion" or args.reference):
+        evaluate.fail("--peer is another objective than OAL's: leave out --w-*, --micl, --outliers, --reference and "
+                      "--benchmark")
     args.epochs = (args.epochs, args.epochs) if args.epochs else None
     embedded = args.dataset == "shapes" and args.arch == "resnet_small"
     for name, value in TIERS["shapes" if embedded else args.arch].items():
