@@ -791,7 +791,7 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
     again, first = (torch.load(tmp_path / run / "student.pt", weights_only=True) for run in ("again", "default"))
     assert all(again[key].equal(first[key]) for key in first)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
-    for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--reference fdbd", "--w-kd 0", "--w-feat 0",
+    for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--reference ebo", "--reference fdbd", "--w-kd 0", "--w-feat 0",
                                "--w-boundary 0", "--w-latent 0", "--peer vos", "--peer logitnorm",
                                f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/18.pt")):
         tiny(tmp_path / str(i), *shared, *words.split())
@@ -805,11 +805,12 @@ def test_micl_hears_the_teacher_where_there_is_one(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "micl_energy", lambda inlier, outlier, energies: heard.append(energies) or micl(inlier, outlier, energies))
     monkeypatch.setattr(train, "reference_energies", lambda *outputs: made.append(given(*outputs)) or made[-1])
     torch.save(train.build("resnet_small", 8, 1).state_dict(), tmp_path / "net.pt")
-    shared = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "net.pt"
+    shared = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "net.pt", "--reference", "fdbd"
     tiny(tmp_path / "a", *shared, "--epochs", 1)
     assert len(heard) == 2 * len(made) > 0
     assert all(heard[2 * i + j] is energies for i, energies in enumerate(made) for j in range(2))
-    for i, (words, hears) in enumerate((("--w-kd 0", True), ("--w-feat 0", True), ("--w-kd 0 --w-feat 0", False))):
+    for i, (words, hears) in enumerate((("--w-kd 0", True), ("--w-feat 0", True), ("--w-kd 0 --w-feat 0", False),
+                                         ("--reference none", False))):
         heard.clear()
         tiny(tmp_path / str(i), *shared, "--epochs", 1, *words.split())
         assert heard and all((energies is not None) == hears for energies in heard)
