@@ -64,30 +64,31 @@ def micl_released(club, outliers, features):
     return club(outliers, features)
 
 
-def micl_energy(id_logits, outlier_logits, reference=None, accepted=0.9):
+def micl_energy(id_logits, outlier_logits, reference=None, accepted=0.9, way=0.1):
     """MICL mended: the information between a feature and 'ID or outlier?', put where the detector looks for it.
 
     With Z = 1 for ID features and 0 for outliers, equally likely, I(h; Z) >= log 2 + E log q(Z|h) for any q (Barber &
-    Agakov 2003). Here q(Z = 1|h) = sigmoid(E - t): E = log sum exp(logits) is the energy score and t the energy that a
-    share `accepted` of the batch's ID images exceed, a threshold such as a detector sets. No critic can learn what the
-    network should: its own energies have to tell the two apart. Without a reference this returns minus the bound, in nats.
+    Agakov 2003). Here q(Z = 1|h) = sigmoid(E - t): E = log sum exp(logits) is the energy score and t a threshold such as a
+    detector sets, near the energy that a share `accepted` of the batch's ID images exceed. No critic can learn what the
+    network should: its own energies have to tell the two apart. Without a reference this returns minus the bound, in
+    nats, and t lies on the `way` from that energy to the outliers' mean: at its start the lowest ID images would be lifted
+    however far the outliers are, and t and all energies with them without end; half-way, near-OOD is lost.
 
     ID images of low energy are the uncertain ones. The bound lifts them, and near-OOD images, which resemble them, rise
-    too; and as t moves with the batch, all energies may grow without end. With a `reference` [B], energies that a
-    teacher gives the same images, the ID half is a regression on it (smooth L1, in energy units) and t is taken from it:
-    ID images are held at the teacher's energies, and outliers pushed below them. Distilled logits could not hold them: a
-    constant added to an image's logits moves its energy and leaves its softmax as it was. It is no bound any more.
+    too. With a `reference` [B], energies that a teacher gives the same images, the ID half is a regression on it (smooth
+    L1, in energy units) and t the energy that the share `accepted` of it exceeds: ID images are held at the teacher's
+    energies, and outliers pushed below them. Distilled logits could not hold them: a constant added to an image's logits
+    moves its energy and leaves its softmax as it was. It is no bound any more.
 
-    id_logits [B, C], outlier_logits [M, C], reference [B] -> scalar; without a reference above -(1 + accepted) / 2 log 2,
-    as ID images at or below their threshold are never told for certain, and 0 where nothing can be told. The threshold is
-    of the rows given: a process's share.
+    id_logits [B, C], outlier_logits [M, C], reference [B] -> scalar; without a reference above -log 2, and 0 where nothing
+    can be told. The threshold is of the rows given: a process's share.
     """
     inlier, outlier = id_logits.logsumexp(1), outlier_logits.logsumexp(1)                # [B], [M]
-    t = (inlier.detach() if reference is None else reference).quantile(1 - accepted)
-    told = F.softplus(outlier - t).mean()
     if reference is not None:
-        return 0.5 * (F.smooth_l1_loss(inlier, reference) + told)
-    return 0.5 * (F.softplus(t - inlier).mean() + told) - math.log(2)
+        below = F.softplus(outlier - reference.quantile(1 - accepted)).mean()
+        return 0.5 * (F.smooth_l1_loss(inlier, reference) + below)
+    t = torch.lerp(inlier.detach().quantile(1 - accepted), outlier.detach().mean(), way)
+    return 0.5 * (F.softplus(t - inlier).mean() + F.softplus(outlier - t).mean()) - math.log(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -417,28 +417,38 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has
 
 
 def test_micl_energy_is_a_bound_on_the_information():
-    """Closed forms: equal energies -> 0; far apart -> near -log 2; in between by hand; never below minus the information."""
+    """Closed forms: equal energies -> 0; far apart -> -log 2; in between by hand; never below minus the information."""
     logits = lambda energy: torch.stack([energy - 40, energy], dim=1)                # log-sum-exp = energy
     value = lambda a, b: losses.micl_energy(logits(torch.tensor(a)), logits(torch.tensor(b))).item()
     assert abs(value([2.0, 2.0], [2.0])) < 1e-6
-    assert abs(value([90.0] * 3 + [290.0] * 8, [-90.0]) + (1 - 1.5 / 11) * math.log(2)) < 1e-6  # t = 90: 3 of 11 on it
-    by_hand = 0.5 * ((math.log(1 + math.exp(0.2)) + math.log(1 + math.exp(-1.8))) / 2 + math.log(1 + math.exp(-5.2)))
-    assert abs(value([7.0, 9.0], [2.0, 2.0]) - by_hand + math.log(2)) < 1e-6         # t = 7.2, a tenth of the way
-    # Energies N(1, 1) and N(-1, 1): sigmoid(2 E) would be the exact posterior; q = sigmoid(E) gives a lower bound.
+    assert abs(value([90.0] * 3 + [290.0] * 8, [-910.0]) + math.log(2)) < 1e-6       # t = 90 - 100: the lowest are told too
+    t = 7.2 - 0.1 * 5.2                                                              # a tenth up the ID, a tenth down to 2
+    by_hand = 0.5 * (sum(math.log(1 + math.exp(t - e)) for e in (7, 9)) / 2 + math.log(1 + math.exp(2 - t)))
+    assert abs(value([7.0, 9.0], [1.0, 3.0]) - by_hand + math.log(2) - 0.25 * sum(
+        math.log(1 + math.exp(e - t)) - math.log(1 + math.exp(2 - t)) for e in (1, 3))) < 1e-6
+    # Energies N(1, 1) and N(-1, 1): sigmoid(2 E) would be the exact posterior; q = sigmoid(E - t) gives a lower bound.
     e = torch.randn(2, 200000, generator=rng()).double()
     bound_of = lambda slope, t: math.log(2) - 0.5 * (F.softplus(-slope * (e[0] + 1 - t)).mean()
                                                      + F.softplus(slope * (e[1] - 1 - t)).mean()).item()
     bound = -losses.micl_energy(logits(e[0] + 1), logits(e[1] - 1)).item()
-    assert abs(bound - bound_of(1, 1 - 1.2816)) < 1e-3 and bound < bound_of(2, 0) < math.log(2)
+    assert abs(bound - bound_of(1, 0.9 * (1 - 1.2816) - 0.1)) < 1e-3 and bound < bound_of(2, 0) < math.log(2)
     # Its gradient raises ID energies and lowers those of outliers.
     inlier, outlier = (torch.zeros(3, 5, requires_grad=True) for _ in range(2))
     losses.micl_energy(inlier, outlier).backward()
     assert (inlier.grad < 0).all() and (outlier.grad > 0).all()
-    # By hand, one logit each, t = 3: none through t, hardly any to ID images well above it.
+    # By hand, one logit each, t = 3 + a tenth of 1: none through t, hardly any to ID images well above it.
     inlier, outlier = torch.tensor([[2.0], [7.0], [9.0]], requires_grad=True), torch.tensor([[4.0]], requires_grad=True)
     losses.micl_energy(inlier, outlier).backward()
-    assert torch.allclose(inlier.grad, -torch.sigmoid(3 - inlier) / 6, atol=1e-6)
-    assert torch.allclose(outlier.grad, torch.sigmoid(outlier - 3) / 2, atol=1e-6)
+    assert torch.allclose(inlier.grad, -torch.sigmoid(3.1 - inlier) / 6, atol=1e-6)
+    assert torch.allclose(outlier.grad, torch.sigmoid(outlier - 3.1) / 2, atol=1e-6)
+
+
+def test_micl_energy_rests_once_outliers_are_far():
+    """No lift without end: however alike the ID energies are, the gradient dies as outliers fall away."""
+    for distance, most in ((0.0, 1.0), (200.0, 1e-6)):
+        inlier = torch.tensor([[10.0], [10.1], [10.2]], requires_grad=True)
+        losses.micl_energy(inlier, torch.tensor([[10.0 - distance]])).backward()
+        assert (inlier.grad.abs().sum() < most) and (distance > 0 or inlier.grad.abs().sum() > 0.1)
 
 
 def test_micl_energy_beside_a_teacher_keeps_its_energies_and_sinks_outliers():
