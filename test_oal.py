@@ -647,7 +647,7 @@ def test_threshold_accepts_the_share():
     (synthesize, "no.pt", "no.pt"), (synthesize, "x.pt --device abacus", "abacus"),
     (train, "--outliers noise --micl club", "--outliers noise"), (train, "--peer vos --w-kd 1", "--peer"),
     (train, "--peer logitnorm --benchmark", "--peer"), (train, "--peer vos --reference ebo", "--peer"),
-    (train, "--micl club --reference ebo", "--reference"), (synthesize, "x.pt --per-class none", "whole number")])
+    (train, "--micl club --reference ebo", "--reference"), (train, "--w-kd 0 --w-feat 0 --reference ebo", "--reference"), (synthesize, "x.pt --per-class none", "whole number")])
 def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", *words.split(), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
@@ -801,8 +801,9 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
     again, first = (torch.load(tmp_path / run / "student.pt", weights_only=True) for run in ("again", "default"))
     assert all(again[key].equal(first[key]) for key in first)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
-    for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--reference ebo", "--reference fdbd", "--w-kd 0", "--w-feat 0",
-                               "--w-boundary 0", "--w-latent 0", "--peer vos", "--peer logitnorm",
+    for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--reference ebo",
+                               "--reference fdbd", "--w-kd 0", "--w-feat 0", "--w-boundary 0", "--w-latent 0",
+                               "--peer vos", "--peer logitnorm",
                                f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/18.pt")):
         tiny(tmp_path / str(i), *shared, *words.split())
         students.append(torch.load(tmp_path / str(i) / "student.pt", weights_only=True)["conv1.weight"])
@@ -815,7 +816,8 @@ def test_micl_hears_the_teacher_where_there_is_one(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "micl_energy", lambda inlier, outlier, energies: heard.append(energies) or micl(inlier, outlier, energies))
     monkeypatch.setattr(train, "reference_energies", lambda *outputs: made.append(given(*outputs)) or made[-1])
     torch.save(train.build("resnet_small", 8, 1).state_dict(), tmp_path / "net.pt")
-    shared = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "net.pt", "--reference", "fdbd"
+    shared = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "net.pt"
+    train.TIERS["shapes"]["reference"] = "fdbd"  # `tiny` puts the tier back
     tiny(tmp_path / "a", *shared, "--epochs", 1)
     assert len(heard) == 2 * len(made) > 0
     assert all(heard[2 * i + j] is energies for i, energies in enumerate(made) for j in range(2))

@@ -37,8 +37,8 @@ WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary
            "latent": "MICL on latent outliers"}
 # What the command line leaves open. Epochs of cross-entropy (and of the teacher) and of OAL; OAL's rate, 0.005 as
 # released, which suits 100 epochs; padding of the random crop, 4 on the board, less for a student that sees each image
-# 11 times; outliers per class; steps of the diffusion model; weights, on CIFAR the distilling ones as released; the teacher's score
-# that MICL keeps.
+# 11 times; outliers per class; steps of the diffusion model; weights, on CIFAR the distilling ones as released; the
+# score of the teacher at which MICL holds ID images.
 TIERS = {
     "resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
                      w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0, reference="fdbd"),
@@ -94,7 +94,7 @@ def make_heads(net, teacher, outliers, weights, args):
 
 
 def reference_energies(score, logits, features, weight):
-    """A teacher's outputs for a batch, [B, C], [B, D], and its classifier [C, D] -> the energies [B] that MICL keeps.
+    """A teacher's outputs for a batch, [B, C], [B, D], and its classifier [C, D] -> the energies [B] at which MICL holds ID.
 
     The teacher's confidence by `score` of evaluate.py, with the mean and standard deviation of its energies: for 'ebo'
     these energies themselves. They grow with a feature's length; 'fdbd' does not.
@@ -396,8 +396,8 @@ def parse_args():
     args.arch = args.arch or ("resnet_small" if args.dataset == "shapes" else "resnet18")
     if args.outliers == "noise" and args.micl != "energy":
         evaluate.fail("--outliers noise is for --micl energy: the other forms never send outliers through the network")
-    if args.reference and args.micl != "energy":
-        evaluate.fail("--reference is for --micl energy: the other forms keep no energies")
+    if args.reference and (args.micl != "energy" or args.w_kd == args.w_feat == 0):
+        evaluate.fail("--reference is for --micl energy beside distillation: nothing else has a teacher's energies to keep")
     own = [name for name in WEIGHTS if getattr(args, f"w_{name}") is not None]
     if args.peer and (own or args.benchmark or args.micl != "energy" or args.outliers != "diffusion" or args.reference):
         evaluate.fail("--peer is another objective than OAL's: leave out --w-*, --micl, --outliers, --reference and "
