@@ -75,13 +75,13 @@ def micl_energy(id_logits, outlier_logits, reference=None, accepted=0.9, way=0.1
     however far the outliers are, and t and all energies with them without end; half-way, near-OOD is lost.
 
     ID images of low energy are the uncertain ones. The bound lifts them, and near-OOD images, which resemble them, rise
-    too. With a `reference` [B], energies that a teacher gives the same images, the ID half is a regression on it (smooth
-    L1, in energy units) and t the energy that the share `accepted` of it exceeds: ID images are held at the teacher's
-    energies, and outliers pushed below them. Distilled logits could not hold them: a constant added to an image's logits
+    too. With a `reference` [B], energies at which to hold the same images, the ID half is a regression on it (smooth
+    L1, in energy units) and t the energy that the share `accepted` of it exceeds: ID images are held, and
+    outliers pushed below t. Distilled logits could not hold them: a constant added to an image's logits
     moves its energy and leaves its softmax as it was. It is no bound any more.
 
-    id_logits [B, C], outlier_logits [M, C], reference [B] -> scalar; without a reference above -log 2, and 0 where nothing
-    can be told. The threshold is of the rows given: a process's share.
+    id_logits [B, C], outlier_logits [M, C], reference [B] -> scalar; without a reference above -log 2, 0 where all energies
+    are equal, and more where they vary but tell nothing. The threshold is of the rows given: a process's share.
     """
     inlier, outlier = id_logits.logsumexp(1), outlier_logits.logsumexp(1)                # [B], [M]
     if reference is not None:

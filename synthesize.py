@@ -103,8 +103,8 @@ def gaussian_outliers(features, labels, per_class, generator, draws=10000):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Latents: the code of a stage-2 feature map. The code is linear (the map's 256 principal components over the training
-# set: its layout), so it needs no training, and a synthesised code can replace the coded part of a real map and leave
-# its detail as it is. Stable Diffusion's seam is here: its VAE's latent in place of `encode`, and any map from that
+# set: its layout), so it needs no training, and a synthesised code can replace the coded part of a real map and keep
+# its detail, as it is or scaled. Stable Diffusion's seam is here: its VAE's latent in place of `encode`, and any map from that
 # latent to `decode`.
 
 CODE = 256   # numbers per latent
@@ -243,8 +243,8 @@ def ddim(net, conds, latent_dim, generator, guidance=GUIDANCE, steps=50):
 def transplant(codes, hosts, codec, detail=1.0):
     """Codes [B, L] of outliers -> stage-2 maps [B, C, H, W]: each host's map with its coded part replaced.
 
-    hosts [B, C, H, W] are maps of ID images. What the code leaves out stays the host's, times `detail` (a number or
-    [B, 1, 1, 1]), so an outlier cannot be told by detail that the codec never draws.
+    hosts [B, C, H, W] are maps of ID images. What the code leaves out stays the host's: at `detail` 1 an outlier
+    cannot be told by detail that the codec never draws. Another, a number or [B, 1, 1, 1], makes it smoother or rougher.
     """
     with torch.autocast(hosts.device.type, enabled=False):
         left_out = hosts - decode(encode(hosts, codec), codec, hosts.shape[1:])

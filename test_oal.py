@@ -393,12 +393,14 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has
         x = torch.randn(64, 5, generator=g)
         return club(x + 0.3 * torch.randn(64, 5, generator=g), (x @ w).relu())
 
-    def mended(w, g, teacher=lambda inlier: None):
+    def mended(w, g):
         inlier, outlier = torch.randn(64, 5, generator=g), torch.randn(64, 5, generator=g) + 1
-        return losses.micl_energy(head((inlier @ w).relu()), head((outlier @ w).relu()), teacher(inlier))
+        return losses.micl_energy(head((inlier @ w).relu()), head((outlier @ w).relu()))
 
-    def mended_beside_a_teacher(w, g):
-        return mended(w, g, lambda inlier: head((inlier @ other).relu()).detach().logsumexp(1))
+    def mended_beside_a_teacher(w, g):  # its outlier half: a regression alone would have a gradient too
+        inlier, outlier = torch.randn(64, 5, generator=g), torch.randn(64, 5, generator=g) + 1
+        student, teacher = (head((inlier @ v).relu()).detach() for v in (w, other))
+        return losses.micl_energy(student, head((outlier @ w).relu()), teacher.logsumexp(1))
 
     mean, single = feature_gradient(released, 1600, weight)
     assert mean < 2 * single / math.sqrt(1600)
@@ -445,10 +447,12 @@ def test_micl_energy_is_a_bound_on_the_information():
 
 def test_micl_energy_rests_once_outliers_are_far():
     """No lift without end: however alike the ID energies are, the gradient dies as outliers fall away."""
-    for distance, most in ((0.0, 1.0), (200.0, 1e-6)):
+    lift = {}
+    for distance in (0.0, 200.0):
         inlier = torch.tensor([[10.0], [10.1], [10.2]], requires_grad=True)
         losses.micl_energy(inlier, torch.tensor([[10.0 - distance]])).backward()
-        assert (inlier.grad.abs().sum() < most) and (distance > 0 or inlier.grad.abs().sum() > 0.1)
+        lift[distance] = -inlier.grad.sum()
+    assert lift[0.0] > 0.1 and lift[200.0] < 1e-6
 
 
 def test_micl_energy_beside_a_teacher_keeps_its_energies_and_sinks_outliers():
@@ -812,14 +816,20 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
 
 def test_micl_hears_the_teacher_where_there_is_one(tiny, tmp_path, monkeypatch):
     """Both MICL terms get the teacher's reference for the batch; without distillation none, whatever --teacher says."""
-    micl, given, heard, made = losses.micl_energy, train.reference_energies, [], []
+    micl, given, distill, heard, made = losses.micl_energy, train.reference_energies, losses.distill_logits, [], []
+    asked, distilled = [], []
     monkeypatch.setattr(losses, "micl_energy", lambda inlier, outlier, energies: heard.append(energies) or micl(inlier, outlier, energies))
-    monkeypatch.setattr(train, "reference_energies", lambda *outputs: made.append(given(*outputs)) or made[-1])
+    monkeypatch.setattr(losses, "distill_logits", lambda logits, teacher: distilled.append(teacher) or distill(logits, teacher))
+    monkeypatch.setattr(train, "reference_energies",
+                        lambda *outputs: asked.append(outputs) or made.append(given(*outputs)) or made[-1])
     torch.save(train.build("resnet_small", 8, 1).state_dict(), tmp_path / "net.pt")
     shared = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "net.pt"
     train.TIERS["shapes"]["reference"] = "fdbd"  # `tiny` puts the tier back
     tiny(tmp_path / "a", *shared, "--epochs", 1)
-    assert len(heard) == 2 * len(made) > 0
+    weight = torch.load(tmp_path / "net.pt", weights_only=True)["fc.weight"]         # the student's has moved by step 2
+    assert all(logits is teacher and given_weight.equal(weight)
+               for (_, logits, _, given_weight), teacher in zip(asked, distilled, strict=True))
+    assert len(heard) == 2 * len(made) > 2
     assert all(heard[2 * i + j] is energies for i, energies in enumerate(made) for j in range(2))
     for i, (words, hears) in enumerate((("--w-kd 0", True), ("--w-feat 0", True), ("--w-kd 0 --w-feat 0", False),
                                          ("--reference none", False))):
@@ -829,7 +839,7 @@ def test_micl_hears_the_teacher_where_there_is_one(tiny, tmp_path, monkeypatch):
 
 
 def test_reference_energies():
-    """'ebo' is the teacher's energies; 'fdbd' ranks as fDBD does, by hand, and does not hear a feature's length."""
+    """'ebo' is the teacher's energies; 'fdbd' ranks as fDBD does, by hand; about a mean of 0 it hears no feature's length."""
     weight, features = torch.randn(5, 6, generator=rng()), torch.randn(40, 6, generator=rng(1))
     features = torch.cat([features, -features])                                      # their mean is 0 ...
     longer = features * torch.linspace(1, 3, 40).repeat(2)[:, None]                  # ... at any length of such a pair
@@ -844,6 +854,10 @@ def test_reference_energies():
     assert kept.argsort().equal(torch.stack(by_hand).argsort())
     assert train.reference_energies("fdbd", longer @ weight.T, longer, weight).argsort().equal(kept.argsort())
     assert not (longer @ weight.T).logsumexp(1).argsort().equal(energies.argsort())
+    off = features + 1                                                               # it measures from the mean feature
+    fdbd = evaluate.fdbd(off @ weight.T, off, {"weight": weight, "features": off})
+    assert train.reference_energies("fdbd", off @ weight.T, off, weight).argsort().equal(fdbd.argsort())
+    assert not fdbd.argsort().equal(kept.argsort())
 
 
 def test_torchrun(tmp_path):
@@ -853,7 +867,7 @@ import sys
 sys.path.insert(0, {str(HERE)!r})
 import evaluate, train
 evaluate.SHAPES_SIZES = {{name: 60 for name in ("val", "test", "held_out", *evaluate.GROUPS["shapes"]["far"])}} | {{"train": 260}}
-train.TIERS["shapes"].update(per_class=4, diffusion_steps=10)
+train.TIERS["shapes"].update(per_class=4, diffusion_steps=10, reference="fdbd")
 train.main()
 """)
     for name, launch in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))):

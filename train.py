@@ -94,10 +94,11 @@ def make_heads(net, teacher, outliers, weights, args):
 
 
 def reference_energies(score, logits, features, weight):
-    """A teacher's outputs for a batch, [B, C], [B, D], and its classifier [C, D] -> the energies [B] at which MICL holds ID.
+    """A teacher's outputs for a batch, [B, C], [B, D], and its classifier [C, D] -> energies [B] to hold ID images at.
 
-    The teacher's confidence by `score` of evaluate.py, with the mean and standard deviation of its energies: for 'ebo'
-    these energies themselves. They grow with a feature's length; 'fdbd' does not.
+    The teacher's confidence by `score` of evaluate.py, brought to the mean and standard deviation of its energies: for
+    'ebo' these energies themselves. They grow with a feature's length; 'fdbd' hardly does. All means and deviations,
+    fDBD's mean feature too, are of the rows given: a batch's, under torchrun a process's share, not the training set's.
     """
     energies = logits.logsumexp(1)
     confidence = evaluate.SCORES[score](logits, features, {"weight": weight, "features": features})
@@ -396,8 +397,9 @@ def parse_args():
     args.arch = args.arch or ("resnet_small" if args.dataset == "shapes" else "resnet18")
     if args.outliers == "noise" and args.micl != "energy":
         evaluate.fail("--outliers noise is for --micl energy: the other forms never send outliers through the network")
-    if args.reference and (args.micl != "energy" or args.w_kd == args.w_feat == 0):
-        evaluate.fail("--reference is for --micl energy beside distillation: nothing else has a teacher's energies to keep")
+    if args.reference not in (None, "none") and (args.micl != "energy" or args.w_kd == args.w_feat == 0
+                                                 or args.w_boundary == args.w_latent == 0):
+        evaluate.fail("--reference is for --micl energy beside distillation: nothing else holds ID at a teacher's energies")
     own = [name for name in WEIGHTS if getattr(args, f"w_{name}") is not None]
     if args.peer and (own or args.benchmark or args.micl != "energy" or args.outliers != "diffusion" or args.reference):
         evaluate.fail("--peer is another objective than OAL's: leave out --w-*, --micl, --outliers, --reference and "
@@ -407,6 +409,8 @@ def parse_args():
     for name, value in TIERS["shapes" if embedded else args.arch].items():
         if getattr(args, name, None) is None:
             setattr(args, name, 0.0 if args.peer and name.startswith("w_") else value)
+    if args.peer or args.micl != "energy" or args.w_kd == args.w_feat == 0 or args.w_boundary == args.w_latent == 0:
+        args.reference = "none"  # what results.json says is what was used
     args.options = {name: value for name, value in vars(args).items()
                     if name not in ("data_root", "out", "device", "resume", "benchmark")}
     args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
