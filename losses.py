@@ -5,8 +5,8 @@
 
 The distillation terms are those of the released code (openood/trainers/generative_ood_distill_trainer.py).
 MICL, the mutual-information contrast between ID features and outliers, is here three times: as released (`micl_released`,
-expectation zero), as CLUB's authors meant the bound (`CLUB`, with q fitted by likelihood on dependent pairs), and as it
-works (`micl_energy`, the default). README, section 'Audit', says why and shows the numbers.
+expectation zero), as CLUB's authors meant the bound (`CLUB`, with q fitted by likelihood on dependent pairs), and as
+mended (`micl_energy`, the default). README, section 'Audit', says why and shows the numbers.
 """
 import math
 
@@ -76,9 +76,9 @@ def micl_energy(id_logits, outlier_logits, reference=None, accepted=0.9, way=0.1
 
     ID images of low energy are the uncertain ones. The bound lifts them, and near-OOD images, which resemble them, rise
     too. With a `reference` [B], energies at which to hold the same images, the ID half is a regression on it (smooth
-    L1, in energy units) and t the energy that the share `accepted` of it exceeds: ID images are held, and
-    outliers pushed below t. Distilled logits could not hold them: a constant added to an image's logits
-    moves its energy and leaves its softmax as it was. It is no bound any more.
+    L1, in energy units) and t the energy that the share `accepted` of it exceeds: ID images are held, and outliers pushed
+    below t. Distilled logits could not hold them: a constant added to an image's logits moves its energy and leaves its
+    softmax as it was. It is no bound any more.
 
     id_logits [B, C], outlier_logits [M, C], reference [B] -> scalar; without a reference above -log 2, 0 where all energies
     are equal, and more where they vary but tell nothing. The threshold is of the rows given: a process's share.
