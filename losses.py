@@ -1,12 +1,12 @@
 """The terms of OAL's objective, and those of two peers. Each can be copied out alone: nothing here imports the project.
 
     released: cross-entropy + 4 KD(logits) + 8 KD(features) + 0.1 MICL(boundary outliers) + 0.2 MICL(latent outliers)
-    here:     the same, with the mended MICL at the weights 0.3 and 1 (on CIFAR; the embedded images have their own)
+    here:     cross-entropy + 4 KD(logits) + 8 KD(features) + 2 MICL(latent outliers), mended (the embedded images differ)
 
 The distillation terms are those of the released code (openood/trainers/generative_ood_distill_trainer.py).
-MICL, the mutual-information contrast between ID features and outliers, is here three times: as released (`micl_released`,
-expectation zero), as CLUB's authors meant the bound (`CLUB`, with q fitted by likelihood on dependent pairs), and as
-mended (`micl_energy`, the default). README, section 'Audit', says why and shows the numbers.
+MICL, the mutual-information contrast between ID features and outliers, is here as released (`micl_released`, expectation
+zero), as CLUB's authors meant the bound (`CLUB`, with q fitted by likelihood on dependent pairs), and mended (`fit_critic`
+and `micl_energy`, the default; `micl_bound` on the embedded images). README, section 'Audit', says why and shows the numbers.
 """
 import math
 
@@ -64,29 +64,83 @@ def micl_released(club, outliers, features):
     return club(outliers, features)
 
 
-def micl_energy(id_logits, outlier_logits, reference=None, accepted=0.9, way=0.1):
-    """MICL mended: the information between a feature and 'ID or outlier?', put where the detector looks for it.
+def fit_critic(id_energy, id_distance, outlier_energy, outlier_distance):
+    """The critic of the mended MICL -> the weight c of the distance, a float.
 
     With Z = 1 for ID features and 0 for outliers, equally likely, I(h; Z) >= log 2 + E log q(Z|h) for any q (Barber &
-    Agakov 2003). Here q(Z = 1|h) = sigmoid(E - t): E = log sum exp(logits) is the energy score and t a threshold such as a
-    detector sets, near the energy that a share `accepted` of the batch's ID images exceed. No critic can learn what the
-    network should: its own energies have to tell the two apart. Without a reference this returns minus the bound, in
-    nats, and t lies on the `way` from that energy to the outliers' mean: at its start the lowest ID images would be lifted
-    however far the outliers are, and t and all energies with them without end; half-way, near-OOD is lost.
+    Agakov 2003). Here q(Z = 1|h) = sigmoid(E(h) - c |h - mu| - t): E is the energy score log sum exp(logits), mu the mean
+    ID feature. Both grow with a feature's length, but outliers lie farther from mu than their energy lets expect. c and t
+    are where the bound is largest. Two numbers, because more would learn by heart what these outliers look like: with
+    one per unit of the feature the bound is larger and real OOD images are told worse.
 
-    ID images of low energy are the uncertain ones. The bound lifts them, and near-OOD images, which resemble them, rise
-    too. With a `reference` [B], energies at which to hold the same images, the ID half is a regression on it (smooth
-    L1, in energy units) and t the energy that the share `accepted` of it exceeds: ID images are held, and outliers pushed
-    below t. Distilled logits could not hold them: a constant added to an image's logits moves its energy and leaves its
-    softmax as it was. It is no bound any more.
+    Energies and distances of ID images [N] and of outliers [M].
+    """
+    energy = torch.cat([id_energy, outlier_energy]).double()                             # [N + M]
+    distance = torch.cat([id_distance, outlier_distance]).double()
+    is_id = torch.arange(len(energy), device=energy.device) < len(id_energy)
+    share = torch.where(is_id, 0.5 / len(id_energy), 0.5 / len(outlier_energy))          # both halves count alike
+    centre, spread = distance.mean(), distance.std()
+    c, t = torch.zeros((), dtype=torch.double), energy.mean().cpu()
+    c, t = (number.to(energy.device).requires_grad_() for number in (c, t))
+    optimizer = torch.optim.LBFGS([c, t], max_iter=100, line_search_fn="strong_wolfe")
 
-    id_logits [B, C], outlier_logits [M, C], reference [B] -> scalar; without a reference above -log 2, 0 where all energies
-    are equal, and more where they vary but tell nothing. The threshold is of the rows given: a process's share.
+    def minus_bound():
+        optimizer.zero_grad()
+        surplus = energy - c * (distance - centre) / spread - t
+        loss = (share * F.softplus(torch.where(is_id, -surplus, surplus))).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(minus_bound)
+    return (c / spread).item()
+
+
+def level(features, mean, radius, c):
+    """What the critic adds to the energy: -c (|h - mean| - radius), features [B, D], mean [D] -> [B]."""
+    return -c * ((features - mean).norm(dim=1) - radius)
+
+
+def open_direction(features, levels, ridge=1e-3):
+    """The linear map nearest to the levels: features [N, D], levels [N] -> (u [D], offset []), by ridge regression.
+
+    Added to every row of a classifier and to its bias they move an image's logits by one number alike, so no
+    probability changes: the direction that cross-entropy leaves open, and that energies hear.
+    """
+    ones = torch.ones(len(features), 1, device=features.device)
+    x = torch.cat([features, ones], dim=1).double()                                      # [N, D + 1]
+    gram = x.T @ x
+    gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    solution = torch.linalg.solve(gram, x.T @ levels.double()).float()
+    return solution[:-1], solution[-1]
+
+
+def micl_energy(id_logits, outlier_logits, id_levels, outlier_levels):
+    """MICL mended: the student's own energy becomes the critic E - c |h - mu| of the information between a feature and
+    'ID or outlier?', so that the detector needs nothing but logits.
+
+    The mean of an image's logits is open: cross-entropy and distilled logits do not hear it, the energy does. It is
+    regressed (smooth L1, in energy units) on the critic's level, which is measured in a frozen network, the student's
+    start: measured in the student it would be met by making the distance say nothing.
+
+    id_logits [B, C], outlier_logits [M, C], levels [B] and [M] of the same images and latents (`level`) -> scalar; 0
+    where all means are the levels. `fit_critic` is the contrast: it decides how far outliers sink.
+    """
+    return (F.smooth_l1_loss(id_logits.mean(1), id_levels)
+            + 0.5 * F.smooth_l1_loss(outlier_logits.mean(1), outlier_levels))
+
+
+def micl_bound(id_logits, outlier_logits, accepted=0.9, way=0.1):
+    """MICL mended, without a frozen network: the bound of `fit_critic` with q(Z = 1|h) = sigmoid(E - t), the energy alone.
+
+    The network is trained to raise the bound: outliers push its energies down, ID images of low energy rise. t lies on the
+    `way` from the energy that the share `accepted` of the batch's ID images exceed to the outliers' mean: at its start the
+    lowest ID images would be lifted however far the outliers are, and t and all energies with them without end; half-way,
+    near-OOD is lost. For the embedded images: on photographs it takes from near-OOD what it gives to far-OOD.
+
+    id_logits [B, C], outlier_logits [M, C] -> minus the bound, a scalar in nats: above -log 2, 0 where all energies are
+    equal, and more where they vary but tell nothing. The threshold is of the rows given: a process's share.
     """
     inlier, outlier = id_logits.logsumexp(1), outlier_logits.logsumexp(1)                # [B], [M]
-    if reference is not None:
-        below = F.softplus(outlier - reference.quantile(1 - accepted)).mean()
-        return 0.5 * (F.smooth_l1_loss(inlier, reference) + below)
     t = torch.lerp(inlier.detach().quantile(1 - accepted), outlier.detach().mean(), way)
     return 0.5 * (F.softplus(t - inlier).mean() + F.softplus(outlier - t).mean()) - math.log(2)
 

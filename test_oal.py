@@ -384,7 +384,7 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has
     with torch.random.fork_rng():
         torch.manual_seed(0)
         club, head = losses.CLUB(5, 6, 16), torch.nn.Linear(6, 4)
-    weight, other = torch.randn(5, 6, generator=rng(99)).requires_grad_(), torch.randn(5, 6, generator=rng(98))
+    weight, frozen = torch.randn(5, 6, generator=rng(99)).requires_grad_(), torch.randn(5, 6, generator=rng(98))
 
     def released(w, g):
         return losses.micl_released(club, torch.randn(64, 5, generator=g) + 1, (torch.randn(64, 5, generator=g) @ w).relu())
@@ -395,12 +395,12 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has
 
     def mended(w, g):
         inlier, outlier = torch.randn(64, 5, generator=g), torch.randn(64, 5, generator=g) + 1
-        return losses.micl_energy(head((inlier @ w).relu()), head((outlier @ w).relu()))
+        id_levels, outlier_levels = (losses.level((x @ frozen).relu(), torch.ones(6), 3.0, 0.8) for x in (inlier, outlier))
+        return losses.micl_energy(head((inlier @ w).relu()), head((outlier @ w).relu()), id_levels, outlier_levels)
 
-    def mended_beside_a_teacher(w, g):  # its outlier half: a regression alone would have a gradient too
+    def bound(w, g):
         inlier, outlier = torch.randn(64, 5, generator=g), torch.randn(64, 5, generator=g) + 1
-        student, teacher = (head((inlier @ v).relu()).detach() for v in (w, other))
-        return losses.micl_energy(student, head((outlier @ w).relu()), teacher.logsumexp(1))
+        return losses.micl_bound(head((inlier @ w).relu()), head((outlier @ w).relu()))
 
     mean, single = feature_gradient(released, 1600, weight)
     assert mean < 2 * single / math.sqrt(1600)
@@ -413,15 +413,15 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has
         optimizer.step()
     mean, single = feature_gradient(released, 1600, weight)          # a fitted q does not mend the pairing
     assert mean < 2 * single / math.sqrt(1600)
-    for loss in (dependent, mended, mended_beside_a_teacher):
+    for loss in (dependent, mended, bound):
         mean, single = feature_gradient(loss, 400, weight)
         assert mean > 0.4 * single
 
 
-def test_micl_energy_is_a_bound_on_the_information():
+def test_micl_bound_is_a_bound_on_the_information():
     """Closed forms: equal energies -> 0; far apart -> -log 2; in between by hand; never below minus the information."""
     logits = lambda energy: torch.stack([energy - 40, energy], dim=1)                # log-sum-exp = energy
-    value = lambda a, b: losses.micl_energy(logits(torch.tensor(a)), logits(torch.tensor(b))).item()
+    value = lambda a, b: losses.micl_bound(logits(torch.tensor(a)), logits(torch.tensor(b))).item()
     assert abs(value([2.0, 2.0], [2.0])) < 1e-6
     assert abs(value([90.0] * 3 + [290.0] * 8, [-910.0]) + math.log(2)) < 1e-6       # t = 90 - 100: the lowest are told too
     t = 7.2 - 0.1 * 5.2                                                              # a tenth up the ID, a tenth down to 2
@@ -432,45 +432,69 @@ def test_micl_energy_is_a_bound_on_the_information():
     e = torch.randn(2, 200000, generator=rng()).double()
     bound_of = lambda slope, t: math.log(2) - 0.5 * (F.softplus(-slope * (e[0] + 1 - t)).mean()
                                                      + F.softplus(slope * (e[1] - 1 - t)).mean()).item()
-    bound = -losses.micl_energy(logits(e[0] + 1), logits(e[1] - 1)).item()
+    bound = -losses.micl_bound(logits(e[0] + 1), logits(e[1] - 1)).item()
     assert abs(bound - bound_of(1, 0.9 * (1 - 1.2816) - 0.1)) < 1e-3 and bound < bound_of(2, 0) < math.log(2)
     # Its gradient raises ID energies and lowers those of outliers.
     inlier, outlier = (torch.zeros(3, 5, requires_grad=True) for _ in range(2))
-    losses.micl_energy(inlier, outlier).backward()
+    losses.micl_bound(inlier, outlier).backward()
     assert (inlier.grad < 0).all() and (outlier.grad > 0).all()
     # By hand, one logit each, t = 3 + a tenth of 1: none through t, hardly any to ID images well above it.
     inlier, outlier = torch.tensor([[2.0], [7.0], [9.0]], requires_grad=True), torch.tensor([[4.0]], requires_grad=True)
-    losses.micl_energy(inlier, outlier).backward()
+    losses.micl_bound(inlier, outlier).backward()
     assert torch.allclose(inlier.grad, -torch.sigmoid(3.1 - inlier) / 6, atol=1e-6)
     assert torch.allclose(outlier.grad, torch.sigmoid(outlier - 3.1) / 2, atol=1e-6)
 
 
-def test_micl_energy_rests_once_outliers_are_far():
+def test_micl_bound_rests_once_outliers_are_far():
     """No lift without end: however alike the ID energies are, the gradient dies as outliers fall away."""
     lift = {}
     for distance in (0.0, 200.0):
         inlier = torch.tensor([[10.0], [10.1], [10.2]], requires_grad=True)
-        losses.micl_energy(inlier, torch.tensor([[10.0 - distance]])).backward()
+        losses.micl_bound(inlier, torch.tensor([[10.0 - distance]])).backward()
         lift[distance] = -inlier.grad.sum()
     assert lift[0.0] > 0.1 and lift[200.0] < 1e-6
 
 
-def test_micl_energy_beside_a_teacher_keeps_its_energies_and_sinks_outliers():
-    """By hand, two equal logits each: ID energies are drawn to the reference, outliers below its lowest tenth."""
-    logits = lambda *energies: (torch.tensor(energies)[:, None].repeat(1, 2) - math.log(2)).requires_grad_()
-    student, outlier, reference = logits(2.0, 7.5, 9.0), logits(4.0), torch.tensor([3.0, 7.0, 12.0])
-    loss = losses.micl_energy(student, outlier, reference)
-    kept = (0.5 + 0.125 + 2.5) / 3                                                   # smooth L1 of -1, 0.5 and -3
-    t = 3 + 0.2 * 4                                                                  # a tenth of the way up three
-    assert abs(loss.item() - 0.5 * (kept + math.log(1 + math.exp(4 - t)))) < 1e-6
+def test_fit_critic_finds_the_density_ratio_of_gaussians():
+    """Distances N(1, 1) of ID images and N(3, 1) of outliers: log p / q = 4 - 2 d. What energies say is left out of c."""
+    inlier, outlier = torch.randn(200000, generator=rng()) + 1, torch.randn(50000, generator=rng(1)) + 3
+    zeros = torch.zeros(200000)
+    assert abs(losses.fit_critic(zeros, inlier, zeros[:50000], outlier) - 2) < 0.05
+    assert abs(losses.fit_critic(inlier, inlier, outlier, outlier) - 3) < 0.05       # an energy that grows with distance
+    assert abs(losses.fit_critic(-2 * inlier, inlier, -2 * outlier, outlier)) < 0.05  # one that says it all
+    assert abs(losses.fit_critic(zeros, inlier, zeros[:50000], inlier[:50000])) < 0.05  # nothing to tell
+    assert abs(losses.fit_critic(zeros, 10 * inlier, zeros[:50000], 10 * outlier) - 0.2) < 0.005
+
+
+def test_level_by_hand():
+    found = losses.level(torch.tensor([[4.0, 6.0], [1.0, 2.0]]), torch.tensor([1.0, 2.0]), 2.0, 0.5)
+    assert found.tolist() == [-1.5, 1.0]                                             # -0.5 (5 - 2), -0.5 (0 - 2)
+
+
+def test_open_direction_moves_energies_and_no_probability():
+    features, weight = torch.randn(500, 6, generator=rng()), torch.randn(4, 6, generator=rng(1))
+    u, offset = losses.open_direction(features, features @ weight[0] + 3, ridge=1e-9)
+    assert torch.allclose(u, weight[0], atol=1e-4) and abs(offset - 3) < 1e-4
+    before, after = features @ weight.T, features @ (weight + u).T + offset
+    assert torch.allclose(after.softmax(1), before.softmax(1), atol=1e-5)
+    assert torch.allclose(after.logsumexp(1) - before.logsumexp(1), features @ weight[0] + 3, atol=1e-4)
+    # The best linear map of levels that are not: no other has a smaller squared error.
+    levels = losses.level(features, torch.ones(6), 3.0, 0.8)
+    u, offset = losses.open_direction(features, levels)
+    error = lambda u, offset: (features @ u + offset - levels).square().mean()
+    assert all(error(u, offset) < error(u + 0.1 * step, offset) for step in torch.cat([torch.eye(6), -torch.eye(6)]))
+    assert max(error(u, offset + 0.05), error(u, offset - 0.05)) > error(u, offset) and error(u, offset) < 0.8 * levels.var()
+
+
+def test_micl_energy_by_hand():
+    """Smooth L1 between the mean logit and the level, outliers half as heavy; the gradient leaves probabilities alone."""
+    inlier = torch.tensor([[3.0, 1.0], [0.0, 4.0]], requires_grad=True)
+    outlier = torch.tensor([[-2.0, 0.0]], requires_grad=True)
+    loss = losses.micl_energy(inlier, outlier, torch.tensor([1.5, 2.0]), torch.tensor([-4.0]))
+    assert abs(loss.item() - (0.5 * 0.5 ** 2 / 2 + 0.5 * (3 - 0.5))) < 1e-6
     loss.backward()
-    assert torch.allclose(student.grad, torch.tensor([-1.0, 0.5, -1.0])[:, None] / 12, atol=1e-6)  # half to each logit
-    assert torch.allclose(outlier.grad, torch.full((1, 2), 0.25 / (1 + math.exp(t - 4))), atol=1e-6)
-    # The level is the teacher's: what the batch's own energies are moves no threshold, and a student that has them rests.
-    student = logits(3.0, 7.0, 12.0)
-    losses.micl_energy(student, outlier.detach(), reference).backward()
-    assert student.grad.abs().max() < 1e-6
-    assert losses.micl_energy(student, outlier, reference + 50) > losses.micl_energy(student, outlier, reference) + 20
+    assert torch.allclose(inlier.grad, torch.tensor([[0.125, 0.125], [0.0, 0.0]]))
+    assert torch.allclose(outlier.grad, torch.tensor([[0.25, 0.25]]))
 
 
 def test_logit_norm_by_hand():
@@ -650,8 +674,8 @@ def test_threshold_accepts_the_share():
     (evaluate, "x.pt --threshold-tpr 1.5", "1.5"), (evaluate, "x.pt --threshold-tpr some", "some"),
     (synthesize, "no.pt", "no.pt"), (synthesize, "x.pt --device abacus", "abacus"),
     (train, "--outliers noise --micl club", "--outliers noise"), (train, "--peer vos --w-kd 1", "--peer"),
-    (train, "--peer logitnorm --benchmark", "--peer"), (train, "--peer vos --reference ebo", "--peer"),
-    (train, "--micl club --reference ebo", "--reference"), (train, "--w-kd 0 --w-feat 0 --reference ebo", "--reference"), (synthesize, "x.pt --per-class none", "whole number")])
+    (train, "--peer logitnorm --benchmark", "--peer"), (train, "--peer vos --micl energy", "--peer"),
+    (synthesize, "x.pt --per-class none", "whole number")])
 def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", *words.split(), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
@@ -729,7 +753,7 @@ def tiny(monkeypatch):
 
 def contents(folder):
     """Everything in a run's folder that must not depend on the clock."""
-    files = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("ce", "teacher", "outliers", "student")}
+    files = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("ce", "teacher", "outliers", "critic", "student")}
     results = json.loads((folder / "results.json").read_text())
     return files, results["models"]
 
@@ -742,6 +766,7 @@ def assert_same(a, b):
 
 
 def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train.TIERS["shapes"], "micl", "energy")
     tiny(tmp_path / "a")
     tiny(tmp_path / "b")
     first = contents(tmp_path / "a")
@@ -805,8 +830,8 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
     again, first = (torch.load(tmp_path / run / "student.pt", weights_only=True) for run in ("again", "default"))
     assert all(again[key].equal(first[key]) for key in first)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
-    for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--reference ebo",
-                               "--reference fdbd", "--w-kd 0", "--w-feat 0", "--w-boundary 0", "--w-latent 0",
+    for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--micl energy",
+                               "--micl energy --outliers noise", "--micl energy --w-latent 0", "--w-kd 0", "--w-feat 0", "--w-boundary 0", "--w-latent 0",
                                "--peer vos", "--peer logitnorm",
                                f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/18.pt")):
         tiny(tmp_path / str(i), *shared, *words.split())
@@ -814,50 +839,40 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
         assert not any(students[-1].equal(other) for other in students[:-1]), words
 
 
-def test_micl_hears_the_teacher_where_there_is_one(tiny, tmp_path, monkeypatch):
-    """Both MICL terms get the teacher's reference for the batch; without distillation none, whatever --teacher says."""
-    micl, given, distill, heard, made = losses.micl_energy, train.reference_energies, losses.distill_logits, [], []
-    asked, distilled = [], []
-    monkeypatch.setattr(losses, "micl_energy", lambda inlier, outlier, energies: heard.append(energies) or micl(inlier, outlier, energies))
-    monkeypatch.setattr(losses, "distill_logits", lambda logits, teacher: distilled.append(teacher) or distill(logits, teacher))
-    monkeypatch.setattr(train, "reference_energies",
-                        lambda *outputs: asked.append(outputs) or made.append(given(*outputs)) or made[-1])
+def test_micl_measures_in_the_frozen_start(tiny, tmp_path, monkeypatch):
+    """Levels are those of ce.pt's features, first step to last, with the numbers of critic.pt, of images and latents; the
+    student begins with their linear part, and the same probabilities as its start."""
+    told, given, micl, terms = [], [], losses.micl_energy, train.loss_terms
+    monkeypatch.setattr(losses, "micl_energy", lambda *tensors: told.append(tensors) or micl(*tensors))
+    monkeypatch.setattr(train, "loss_terms", lambda *words: given.append(words) or terms(*words))
     torch.save(train.build("resnet_small", 8, 1).state_dict(), tmp_path / "net.pt")
-    shared = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "net.pt"
-    train.TIERS["shapes"]["reference"] = "fdbd"  # `tiny` puts the tier back
-    tiny(tmp_path / "a", *shared, "--epochs", 1)
-    weight = torch.load(tmp_path / "net.pt", weights_only=True)["fc.weight"]         # the student's has moved by step 2
-    assert all(logits is teacher and given_weight.equal(weight)
-               for (_, logits, _, given_weight), teacher in zip(asked, distilled, strict=True))
-    assert len(heard) == 2 * len(made) > 2
-    assert all(heard[2 * i + j] is energies for i, energies in enumerate(made) for j in range(2))
-    for i, (words, hears) in enumerate((("--w-kd 0", True), ("--w-feat 0", True), ("--w-kd 0 --w-feat 0", False),
-                                         ("--reference none", False))):
-        heard.clear()
-        tiny(tmp_path / str(i), *shared, "--epochs", 1, *words.split())
-        assert heard and all((energies is not None) == hears for energies in heard)
-
-
-def test_reference_energies():
-    """'ebo' is the teacher's energies; 'fdbd' ranks as fDBD does, by hand; about a mean of 0 it hears no feature's length."""
-    weight, features = torch.randn(5, 6, generator=rng()), torch.randn(40, 6, generator=rng(1))
-    features = torch.cat([features, -features])                                      # their mean is 0 ...
-    longer = features * torch.linspace(1, 3, 40).repeat(2)[:, None]                  # ... at any length of such a pair
-    logits, energies = features @ weight.T, (features @ weight.T).logsumexp(1)
-    assert torch.allclose(train.reference_energies("ebo", logits, features, weight), energies, atol=1e-4)
-    kept = train.reference_energies("fdbd", logits, features, weight)
-    assert abs(kept.mean() - energies.mean()) < 1e-4 and abs(kept.std() - energies.std()) < 1e-4
-    by_hand = []
-    for z, h in zip(logits, features):
-        gaps = [(z.max() - z[c]) / (weight[z.argmax()] - weight[c]).norm() for c in range(5) if c != z.argmax()]
-        by_hand.append(sum(gaps) / 4 / h.norm())
-    assert kept.argsort().equal(torch.stack(by_hand).argsort())
-    assert train.reference_energies("fdbd", longer @ weight.T, longer, weight).argsort().equal(kept.argsort())
-    assert not (longer @ weight.T).logsumexp(1).argsort().equal(energies.argsort())
-    off = features + 1                                                               # it measures from the mean feature
-    fdbd = evaluate.fdbd(off @ weight.T, off, {"weight": weight, "features": off})
-    assert train.reference_energies("fdbd", off @ weight.T, off, weight).argsort().equal(fdbd.argsort())
-    assert not fdbd.argsort().equal(kept.argsort())
+    run = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "net.pt", "--micl", "energy", "--w-boundary", 1
+    begun = []
+    real = train.train
+    monkeypatch.setattr(train, "train", lambda stage, net, *rest, **more: begun.append(
+        {name: value.clone() for name, value in net.state_dict().items()}) or real(stage, net, *rest, **more))
+    tiny(tmp_path / "a", *run)
+    start, critic = (torch.load(tmp_path / "a" / f"{name}.pt", weights_only=True) for name in ("ce", "critic"))
+    frozen = given[-1][8].state_dict()                                               # after the last step
+    assert all(frozen[name].equal(start[name]) for name in start)
+    assert len(told) == 2 * len(given) and all(critic[name].equal(given[-1][9][name]) for name in critic)
+    net, x = evaluate.load_network(tmp_path / "a" / "ce.pt", 8), given[-1][2]
+    with torch.no_grad(), train.models.autocast("cpu"):
+        features = net.upper(net.lower(evaluate.normalize(x, "shapes").contiguous(memory_format=torch.channels_last)))
+    by_hand = -critic["c"] * ((features - critic["mean"]).norm(dim=1) - critic["radius"])
+    for id_logits, outlier_logits, id_levels, outlier_levels in told[-2:]:           # on latents, on boundary outliers
+        assert torch.allclose(id_levels, by_hand, atol=0.1 * by_hand.std()) and not id_levels.requires_grad
+        assert len(outlier_logits) == len(outlier_levels) in (train.OUTLIERS, len(x)) and outlier_levels.std() > 0
+    assert len(begun) == 1
+    shift = begun[0]["fc.weight"] - start["fc.weight"]
+    assert torch.allclose(shift, critic["u"].expand_as(shift), atol=1e-6) and shift.abs().max() > 1e-4
+    assert torch.allclose(begun[0]["fc.bias"] - start["fc.bias"], critic["offset"].expand(8), atol=1e-6)
+    assert all(begun[0][name].equal(start[name]) for name in start if not name.startswith("fc."))
+    # The plain bound, and MICL switched off, have no critic and begin as the start is.
+    for i, words in enumerate((("--micl", "bound"), ("--w-latent", 0, "--w-boundary", 0))):
+        tiny(tmp_path / str(i), *run, *words)
+        assert not (tmp_path / str(i) / "critic.pt").exists()
+        assert all(begun[-1][name].equal(start[name]) for name in start)
 
 
 def test_torchrun(tmp_path):
@@ -867,7 +882,7 @@ import sys
 sys.path.insert(0, {str(HERE)!r})
 import evaluate, train
 evaluate.SHAPES_SIZES = {{name: 60 for name in ("val", "test", "held_out", *evaluate.GROUPS["shapes"]["far"])}} | {{"train": 260}}
-train.TIERS["shapes"].update(per_class=4, diffusion_steps=10, reference="fdbd")
+train.TIERS["shapes"].update(per_class=4, diffusion_steps=10, micl="energy")
 train.main()
 """)
     for name, launch in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))):

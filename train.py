@@ -8,7 +8,7 @@
 In the order in which things happen: a cross-entropy network (the baseline, the student's start); its teacher, trained on
 from there; outliers synthesised from the network's features (synthesize.py); the student, trained on ID images and
 outliers (losses.py); network and student measured side by side (evaluate.py). An ablation is a weight of 0: `--w-kd 0`
-trains without logit distillation. Without both distillations there is no teacher, and MICL does without its energies.
+trains without logit distillation. Without both distillations there is no teacher.
 """
 import argparse
 import json
@@ -37,20 +37,20 @@ WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary
            "latent": "MICL on latent outliers"}
 # What the command line leaves open. Epochs of cross-entropy (and of the teacher) and of OAL; OAL's rate, 0.005 as
 # released, which suits 100 epochs; padding of the random crop, 4 on the board, less for a student that sees each image
-# 11 times; outliers per class; steps of the diffusion model; weights, on CIFAR the distilling ones as released; the
-# score of the teacher at which MICL holds ID images.
+# 11 times; outliers per class; steps of the diffusion model; weights, on CIFAR the distilling ones as released; the form
+# of MICL.
 TIERS = {
     "resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
-                     w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0, reference="fdbd"),
+                     w_kd=4.0, w_feat=8.0, w_boundary=0.0, w_latent=2.0, micl="energy"),
     "resnet_small": dict(epochs=(8, 3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
-                         w_kd=4.0, w_feat=8.0, w_boundary=0.3, w_latent=1.0, reference="fdbd"),
+                         w_kd=4.0, w_feat=8.0, w_boundary=0.0, w_latent=2.0, micl="energy"),
     "shapes": dict(epochs=(8, 8), oal_lr=0.01, crop=1, per_class=50, diffusion_steps=1000,
-                   w_kd=1.0, w_feat=8.0, w_boundary=1.0, w_latent=1.0, reference="none")}
+                   w_kd=1.0, w_feat=8.0, w_boundary=1.0, w_latent=1.0, micl="bound")}
 
 
 def generator(seed, stage):
     """A stage's only source of randomness: its draws are the same whether or not earlier stages were run here."""
-    return torch.Generator().manual_seed(10 * seed + ("weights", "ce", "synthesize", "oal", "teacher").index(stage))
+    return torch.Generator().manual_seed(10 * seed + ("weights", "ce", "synthesize", "oal", "teacher", "critic").index(stage))
 
 
 def build(arch, num_classes, seed):
@@ -86,57 +86,81 @@ def make_heads(net, teacher, outliers, weights, args):
     if "feat" in weights:
         heads["projection"] = models.projection(teacher.fc.in_features, net.fc.in_features)
     for kind in ("boundary", "latent"):
-        if kind in weights and args.micl != "energy":
+        if kind in weights and args.micl in ("released", "club"):
             heads[kind] = losses.CLUB(outliers[kind].shape[1], net.fc.in_features, 512)
     if "vos" in weights:
         heads["vos"] = losses.VOS(net.fc.out_features)
     return torch.nn.ModuleDict(heads)
 
 
-def reference_energies(score, logits, features, weight):
-    """A teacher's outputs for a batch, [B, C], [B, D], and its classifier [C, D] -> energies [B] to hold ID images at.
+def outlier_maps(maps, outliers, args, g, mine=slice(None), vary=True):
+    """Stage-2 maps of ID images [B, C, 16, 16] and the tensors of outliers.pt -> maps of outliers [OUTLIERS, C, 16, 16].
 
-    The teacher's confidence by `score` of evaluate.py, brought to the mean and standard deviation of its energies: for
-    'ebo' these energies themselves. They grow with a feature's length; 'fdbd' hardly does. All means and deviations,
-    fDBD's mean feature too, are of the rows given: a batch's, under torchrun a process's share, not the training set's.
+    With `vary`, of every contrast and sharpness: from flat to glaring, from smooth to rough. `mine` is the share of the
+    OUTLIERS that is wanted: the draws from g are the same whatever it is.
     """
-    energies = logits.logsumexp(1)
-    confidence = evaluate.SCORES[score](logits, features, {"weight": weight, "features": features})
-    return (confidence - confidence.mean()) / confidence.std().clamp_min(1e-6) * energies.std() + energies.mean()
+    codes = torch.randint(len(outliers["latent"]), (OUTLIERS,), generator=g)[mine].to(maps.device)
+    hosts = torch.randint(2 ** 31, (OUTLIERS,), generator=g)[mine].to(maps.device) % len(maps)
+    hosts = maps[hosts].detach().float()
+    if args.outliers == "noise":  # the row to beat: noise as strong as the maps, in place of the latents
+        return hosts + hosts.std() * torch.randn(OUTLIERS, *hosts.shape[1:], generator=g)[mine].to(maps.device)
+    stretch, detail = (high * torch.rand(OUTLIERS, 1, generator=g)[mine].to(maps.device) if vary else hosts.new_ones(len(hosts), 1)
+                       for high in (STRETCH, DETAIL))
+    return synthesize.transplant(stretch * outliers["latent"][codes], hosts, outliers, detail[:, :, None, None])
 
 
-def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, g):
+@torch.no_grad()
+def make_critic(start, images, outliers, args):
+    """MICL's critic of the frozen network `start` -> its numbers, a dict of plain tensors on the CPU.
+
+    mean [D], radius [] and c [] are those of losses.level; u [D] and offset [] of losses.open_direction. From up to 10,000
+    training images, each OUTLIERS of which are beside as many outliers, as sampled and varied in turn.
+    """
+    g = generator(args.seed, "critic")
+    some = images[torch.randperm(len(images), generator=g)[:10000].to(images.device)]
+    inlier, outlier = [], []
+    for maps, features in synthesize.stage2(start, some, args.dataset, args.device):
+        inlier.append(features)                                                                       # [500, D]
+        with models.autocast(args.device):
+            for i, part in enumerate(maps.split(OUTLIERS)):
+                outlier.append(start.upper(outlier_maps(part, outliers, args, g, vary=i % 2 == 1)))   # [32, D]
+    inlier, outlier = torch.cat(inlier), torch.cat(outlier)
+    mean = inlier.mean(0)
+    distances = [(features - mean).norm(dim=1) for features in (inlier, outlier)]
+    energies = [start.classify(features).logsumexp(1) for features in (inlier, outlier)]
+    with torch.enable_grad():
+        c = losses.fit_critic(energies[0], distances[0], energies[1], distances[1])
+    radius, features = distances[0].mean(), torch.cat([inlier, outlier])
+    print(f"oal: {args.outliers} outliers, the critic weighs the distance to the mean feature by {c:.2f}", flush=True)
+    levels = losses.level(features, mean, radius, c) - start.classify(features).mean(1)
+    u, offset = losses.open_direction(features, levels)
+    found = {"mean": mean, "radius": radius, "c": torch.tensor(c), "u": u, "offset": offset}
+    return {name: tensor.float().cpu() for name, tensor in found.items()}
+
+
+def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic, q_optimizer, g):
     """The terms of the objective for one batch -> {name: scalar}, those that `weights` names.
 
-    x uint8 [B, 3, 32, 32] augmented, y int64 [B]. outliers: the tensors of outliers.pt, sorted by class.
+    x uint8 [B, 3, 32, 32] augmented, y int64 [B]. outliers: the tensors of outliers.pt, sorted by class. start, critic:
+    the frozen network in which mended MICL measures, and its numbers; None without it.
     """
+    through = "latent" in weights and args.micl in ("energy", "bound")  # outliers go through the network
     with models.autocast(args.device):
         x = evaluate.normalize(x, args.dataset)
         maps = net.lower(x)                                                                           # [B, C, 16, 16]
-        if "latent" in weights and args.micl == "energy":
+        if through:
             # Outliers join the batch half-way, so that they share its batch-norm statistics: in a pass of their own
             # they teach the network to recognise the statistics, and accuracy is lost.
             # Under torchrun each process takes its share of them, as of the images.
-            mine = slice(args.rank, None, args.world)
-            codes = torch.randint(len(outliers["latent"]), (OUTLIERS,), generator=g)[mine].to(x.device)
-            codes = outliers["latent"][codes]                                                         # [32, L]
-            hosts = torch.randint(2 ** 31, (OUTLIERS,), generator=g)[mine].to(x.device) % len(x)
-            hosts = maps[hosts].detach().float()                                                      # [32, C, 16, 16]
-            if args.outliers == "noise":  # the row to beat: noise as strong as the maps, in place of the latents
-                noise = torch.randn(OUTLIERS, *hosts.shape[1:], generator=g)[mine].to(x.device)
-                outlier_maps = hosts + hosts.std() * noise
-            else:
-                # Of every contrast and sharpness: from flat to glaring, from smooth to rough.
-                stretch, detail = (high * torch.rand(OUTLIERS, 1, generator=g)[mine].to(x.device) for high in (STRETCH, DETAIL))
-                outlier_maps = synthesize.transplant(stretch * codes, hosts, outliers, detail[:, :, None, None])
-            maps = torch.cat([maps, outlier_maps.to(maps)]).contiguous(memory_format=torch.channels_last)
+            outlying = outlier_maps(maps, outliers, args, g, slice(args.rank, None, args.world)).to(maps)
+            maps = torch.cat([maps, outlying]).contiguous(memory_format=torch.channels_last)
         features = net.upper(maps)                                                                    # [B (+ 32), D]
-        reference = None
-        if "kd" in weights or "feat" in weights:
-            with torch.no_grad():
+        with torch.no_grad():
+            if "kd" in weights or "feat" in weights:
                 teacher_logits, teacher_features = teacher(x, return_feature=True)
-                if args.reference != "none":
-                    reference = reference_energies(args.reference, teacher_logits, teacher_features, teacher.fc.weight)
+            if critic:
+                of_start = [start.upper(part) for part in (start.lower(x), maps[len(x):]) if len(part)]
+                levels = losses.level(torch.cat(of_start), critic["mean"], critic["radius"], critic["c"])  # [B (+ 32)]
     h, logits, outlier_logits = features[:len(x)], net.fc(features[:len(x)]), net.fc(features[len(x):])
 
     terms = {}
@@ -148,8 +172,10 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
         terms["kd"] = losses.distill_logits(logits, teacher_logits)
     if "feat" in weights:
         terms["feat"] = losses.distill_features(h, heads["projection"](teacher_features))
-    if "latent" in weights and args.micl == "energy":
-        terms["latent"] = losses.micl_energy(logits, outlier_logits, reference)
+    if through and critic:
+        terms["latent"] = losses.micl_energy(logits, outlier_logits, levels[:len(x)], levels[len(x):])
+    elif through:
+        terms["latent"] = losses.micl_bound(logits, outlier_logits)
     for kind in [kind for kind in ("boundary", "latent", "vos") if kind in weights and kind not in terms]:
         per_class = len(outliers[kind]) // net.fc.out_features                                        # sorted by class
         # Always BATCH draws, of which a process takes its share: so all stay in step under torchrun.
@@ -159,11 +185,15 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, 
         o = outliers[kind][(y if kind != "vos" and args.micl == "club" else classes) * per_class + member]  # [B, D or L]
         if kind == "vos":
             terms[kind] = heads[kind](logits, net.fc(o))
-        elif args.micl == "energy":
+        elif args.micl in ("energy", "bound"):
             # As a feature that could occur: no unit is negative, and any length about that of this batch's features.
             length = LENGTHS[0] + (LENGTHS[1] - LENGTHS[0]) * torch.rand(BATCH, 1, generator=g)[mine].to(h)
             o = F.normalize(o.relu(), dim=1) * h.detach().norm(dim=1).mean() * length
-            terms[kind] = losses.micl_energy(logits, net.fc(o), reference)
+            if critic:
+                of_outliers = losses.level(o, critic["mean"], critic["radius"], critic["c"])
+                terms[kind] = losses.micl_energy(logits, net.fc(o), levels[:len(x)], of_outliers)
+            else:
+                terms[kind] = losses.micl_bound(logits, net.fc(o))
         else:
             if q_optimizer:  # 'club': q is fitted to the pairs by likelihood before the bound is read
                 q_optimizer.zero_grad()
@@ -184,12 +214,12 @@ def check_finite(stage, first_step, names, values):
                       f"{', '.join(f'{name} {value}' for name, value in zip(names, row))}; lower a weight or rate")
 
 
-def train(stage, net, images, labels, args, weights, teacher=None, outliers=None, keep=True):
+def train(stage, net, images, labels, args, weights, teacher=None, outliers=None, start=None, critic=None, keep=True):
     """Trains `net` in place for one stage, 'ce', 'teacher' or 'oal', and adds the time that it took to args.seconds.
 
     images uint8 [N, 3, 32, 32] and labels int64 [N] on args.device. weights: {term: weight}, as weights_of gives them;
-    {'ce': 1.0} is plain cross-entropy training. With `keep`, saves checkpoint.pt after each epoch and starts from it
-    where it holds this stage.
+    {'ce': 1.0} is plain cross-entropy training. teacher, outliers, start, critic: see loss_terms. With `keep`, saves
+    checkpoint.pt after each epoch and starts from it where it holds this stage.
     """
     device, world, rank = args.device, args.world, args.rank
     recipe, epochs = CE, args.epochs[0]
@@ -213,8 +243,11 @@ def train(stage, net, images, labels, args, weights, teacher=None, outliers=None
     base_rates = [group["lr"] for group in groups]
     if outliers is not None:
         outliers = {name: tensor.to(device) for name, tensor in outliers.items()}
-    if teacher is not None:
-        teacher.to(device, memory_format=torch.channels_last).eval()
+    for frozen in (teacher, start):
+        if frozen is not None:
+            frozen.to(device, memory_format=torch.channels_last).eval()
+    if critic is not None:
+        critic = {name: tensor.to(device) for name, tensor in critic.items()}
 
     steps, first_epoch = epochs * ((len(images) - 2 * world) // BATCH + 1), 0
     state = dict(net=net, heads=heads, optimizer=optimizer, **({"q_optimizer": q_optimizer} if q_optimizer else {}))
@@ -227,7 +260,7 @@ def train(stage, net, images, labels, args, weights, teacher=None, outliers=None
 
     terminal = sys.stdout.isatty()
     for epoch in range(first_epoch, epochs):
-        start = said = time.perf_counter()
+        begun = said = time.perf_counter()
         unread = []                                     # the terms of the last steps: reading them waits for the device
         batches = torch.randperm(len(images), generator=g).split(BATCH)
         if len(batches[-1]) < 2 * world:  # too few for batch-norm in every process
@@ -238,7 +271,7 @@ def train(stage, net, images, labels, args, weights, teacher=None, outliers=None
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             index = index.to(device)
             x, y = augment(images[index], args.crop, g)[rank::world], labels[index][rank::world]
-            terms = loss_terms(net, heads, x, y, args, weights, teacher, outliers, q_optimizer, g)
+            terms = loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic, q_optimizer, g)
             loss = sum(weights[name] * value for name, value in terms.items())
             optimizer.zero_grad()
             loss.backward()
@@ -252,13 +285,13 @@ def train(stage, net, images, labels, args, weights, teacher=None, outliers=None
                 check_finite(stage, step + 1 - len(values), [*terms, "sum"], values)
                 unread, now = [], time.perf_counter()
                 if rank == 0 and (now - said > (1 if terminal else 20) or i + 1 == len(batches)):
-                    said, speed = now, (i + 1) * BATCH / (now - start)
+                    said, speed = now, (i + 1) * BATCH / (now - begun)
                     left = ((epochs - epoch) * len(batches) - i - 1) * BATCH / speed
                     shown = "  ".join(f"{name} {value:.3f}" for name, value in zip(terms, values.mean(0).tolist()))
                     print(f"{stage}: epoch {epoch + 1}/{epochs}, step {i + 1}/{len(batches)}, {shown}, "
                           f"{speed:.0f} images/s, {left:.0f} s left",
                           end="\r" if terminal and i + 1 < len(batches) else "\n", flush=True)
-        args.seconds[stage] += time.perf_counter() - start
+        args.seconds[stage] += time.perf_counter() - begun
         if not keep:
             continue
         save({"stage": stage, "epoch": epoch + 1, "seconds": args.seconds, "options": args.options,
@@ -308,14 +341,18 @@ def benchmark(args, images, labels, teacher):
     n, repeats = min(10, len(images) // BATCH) * BATCH, 3
     args = argparse.Namespace(**{**vars(args), "epochs": (1, 1)})
     images, labels = images[:n].to(args.device), labels[:n].to(args.device)
-    net = build(args.arch, evaluate.CLASSES[args.dataset], args.seed)
+    net, start = (build(args.arch, evaluate.CLASSES[args.dataset], args.seed) for _ in range(2))
     teacher = teacher or build(args.arch, evaluate.CLASSES[args.dataset], args.seed)
-    for part in (net, teacher):
+    for part in (net, start, teacher):
         part.eval().to(args.device, memory_format=torch.channels_last)
     codec = synthesize.fit_codec(next(synthesize.stage2(net, images, args.dataset, args.device))[0])
     classes = evaluate.CLASSES[args.dataset]
     outliers = {"boundary": torch.randn(classes * 2, net.fc.in_features),
                 "latent": torch.randn(classes * 2, len(codec["basis"])), **codec}
+    weights = weights_of(args)
+    critic = None
+    if uses_critic(args, weights):
+        critic = make_critic(start, images, {name: tensor.to(args.device) for name, tensor in outliers.items()}, args)
     optimizer = torch.optim.SGD(net.parameters(), **CE)
     x = evaluate.normalize(images[:BATCH], args.dataset)
     with torch.no_grad():
@@ -330,33 +367,37 @@ def benchmark(args, images, labels, teacher):
             loss.backward()
             optimizer.step()
 
-    def teacher_forward():
+    def frozen(forward):
         with torch.no_grad(), models.autocast(args.device):
             for _ in range(n // BATCH):
-                teacher(x)
+                forward()
 
     wait = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
     parts = {"bare": lambda: bare(lambda: F.cross_entropy(net(x), labels[:BATCH])),
              "bare_upper": lambda: bare(lambda: net.classify(net.upper(maps)).square().mean()),  # the outliers' half
-             "teacher_forward": teacher_forward,
+             "teacher_forward": lambda: frozen(lambda: teacher(x)),
+             "start_forward": lambda: frozen(lambda: start(x)),
+             "start_upper": lambda: frozen(lambda: start.upper(maps)),
              "ce_step": lambda: train("ce", net, images, labels, args, {"ce": 1.0}, keep=False),
-             "oal_step": lambda: train("oal", net, images, labels, args, weights_of(args), teacher, outliers, keep=False),
+             "oal_step": lambda: train("oal", net, images, labels, args, weights, teacher, outliers, start, critic, keep=False),
              "test_pass": lambda: evaluate.outputs(net, images, args.dataset, args.device)}
     seconds = {}
     for _ in range(repeats + 1):  # the first round warms up
         for name, part in parts.items():
             wait()
-            start = time.perf_counter()
+            begun = time.perf_counter()
             part()
             wait()
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
+            seconds.setdefault(name, []).append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
-    weights, bare_parts = weights_of(args), {"ce": best["bare"], "oal": best["bare"]}
-    if "latent" in weights and args.micl == "energy":
-        bare_parts["oal"] += best["bare_upper"]
-    if weights.keys() & {"kd", "feat"}:
-        bare_parts["oal"] += best["teacher_forward"]
-    return {"images_per_second": {name: n / best[name] for name in best if name != "bare_upper"},
+    bare_parts = {"ce": best["bare"], "oal": best["bare"]}
+    through = "latent" in weights and args.micl in ("energy", "bound")  # outliers go through the networks' upper halves
+    for part, counts in (("bare_upper", through), ("teacher_forward", weights.keys() & {"kd", "feat"}),
+                         ("start_forward", critic), ("start_upper", through and critic)):
+        if counts:
+            bare_parts["oal"] += best[part]
+    named = ("bare", "teacher_forward", "ce_step", "oal_step", "test_pass")
+    return {"images_per_second": {name: n / best[name] for name in named},
             "ratio": {name: best[f"{name}_step"] / bare_parts[name] for name in ("ce", "oal")}}
 
 
@@ -366,6 +407,11 @@ def weights_of(args):
         return {"logitnorm": {"logitnorm": 1.0}, "vos": {"ce": 1.0, "vos": 0.1}}[args.peer]
     weights = {"ce": 1.0, "kd": args.w_kd, "feat": args.w_feat, "boundary": args.w_boundary, "latent": args.w_latent}
     return {name: weight for name, weight in weights.items() if weight}
+
+
+def uses_critic(args, weights):
+    """Whether the objective has a term of mended MICL."""
+    return args.micl == "energy" and bool(weights.keys() & {"boundary", "latent"})
 
 
 def parse_args():
@@ -383,34 +429,26 @@ def parse_args():
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
     parser.add_argument("--teacher", metavar="FILE", help="distil from this network, of any arch, and train no teacher")
-    parser.add_argument("--micl", choices=("energy", "released", "club"), default="energy", help="see losses.py")
+    parser.add_argument("--micl", choices=("energy", "bound", "released", "club"), help="see losses.py; default: the tier's")
     parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
                         help="noise: Gaussian noise in place of synthesised latents, to compare")
     parser.add_argument("--peer", choices=("vos", "logitnorm"), help="train the student by this method in place of OAL")
-    parser.add_argument("--reference", choices=("none", "ebo", "fdbd"),
-                        help="the teacher's score that MICL holds ID energies at; none: the bound; default: the tier's")
     parser.add_argument("--sigma", type=float, default=synthesize.SIGMA, help="noise about the boundary, at 768 dims")
     parser.add_argument("--guidance", type=float, default=synthesize.GUIDANCE, help="weight of the condition in sampling")
     for name, what in WEIGHTS.items():
         parser.add_argument(f"--w-{name}", type=float, help=f"weight of {what}; 0 switches it off")
     args = parser.parse_args()
     args.arch = args.arch or ("resnet_small" if args.dataset == "shapes" else "resnet18")
-    if args.outliers == "noise" and args.micl != "energy":
-        evaluate.fail("--outliers noise is for --micl energy: the other forms never send outliers through the network")
-    if args.reference not in (None, "none") and (args.micl != "energy" or args.w_kd == args.w_feat == 0
-                                                 or args.w_boundary == args.w_latent == 0):
-        evaluate.fail("--reference is for --micl energy beside distillation: nothing else holds ID at a teacher's energies")
+    if args.outliers == "noise" and args.micl in ("released", "club"):
+        evaluate.fail(f"--outliers noise is not for --micl {args.micl}, which never sends outliers through the network")
     own = [name for name in WEIGHTS if getattr(args, f"w_{name}") is not None]
-    if args.peer and (own or args.benchmark or args.micl != "energy" or args.outliers != "diffusion" or args.reference):
-        evaluate.fail("--peer is another objective than OAL's: leave out --w-*, --micl, --outliers, --reference and "
-                      "--benchmark")
+    if args.peer and (own or args.benchmark or args.micl or args.outliers != "diffusion"):
+        evaluate.fail("--peer is another objective than OAL's: leave out --w-*, --micl, --outliers and --benchmark")
     args.epochs = (args.epochs, args.epochs) if args.epochs else None
     embedded = args.dataset == "shapes" and args.arch == "resnet_small"
     for name, value in TIERS["shapes" if embedded else args.arch].items():
         if getattr(args, name, None) is None:
             setattr(args, name, 0.0 if args.peer and name.startswith("w_") else value)
-    if args.peer or args.micl != "energy" or args.w_kd == args.w_feat == 0 or args.w_boundary == args.w_latent == 0:
-        args.reference = "none"  # what results.json says is what was used
     args.options = {name: value for name, value in vars(args).items()
                     if name not in ("data_root", "out", "device", "resume", "benchmark")}
     args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
@@ -432,7 +470,7 @@ def main():
     if saved and args.resume and saved["options"] != args.options:
         other = [name for name in args.options if saved["options"].get(name) != args.options[name]]
         evaluate.fail(f"{args.out} holds a run with other options ({', '.join(other)}): resume with the same command")
-    held = [name for name in ("ce.pt", "teacher.pt", "outliers.pt", "vos.pt", "student.pt", "results.json")
+    held = [name for name in ("ce.pt", "teacher.pt", "outliers.pt", "vos.pt", "critic.pt", "student.pt", "results.json")
             if (args.out / name).exists()]
     if not args.benchmark and (saved and not args.resume or held and not saved):
         evaluate.fail(f"{args.out} holds another run's {', '.join(held) or 'checkpoint.pt'}: name another folder with "
@@ -492,11 +530,18 @@ def main():
             save(found, args, file)
         outliers = torch.load(args.out / file, map_location=args.device, weights_only=True)
 
-    # 4. The student.
-    student = models.build(args.arch, classes)
+    # 4. The student. What of MICL's critic is linear in its features it is given, the rest it learns.
+    student, critic = models.build(args.arch, classes), None
     if not (args.out / "student.pt").exists():
         load_weights(student, args, "ce.pt")
-        train("oal", student, images, labels, args, weights, teacher, outliers)
+        if uses_critic(args, weights):
+            if not (args.out / "critic.pt").exists():
+                save(make_critic(ce, images, outliers, args), args, "critic.pt")
+            critic = torch.load(args.out / "critic.pt", weights_only=True)
+            with torch.no_grad():
+                student.fc.weight += critic["u"]
+                student.fc.bias += critic["offset"]
+        train("oal", student, images, labels, args, weights, teacher, outliers, ce, critic)
         save_network(student, args, "student.pt")
     load_weights(student, args, "student.pt")
 
