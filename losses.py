@@ -1,7 +1,7 @@
 """The terms of OAL's objective, and those of two peers. Each can be copied out alone: nothing here imports the project.
 
     released: cross-entropy + 4 KD(logits) + 8 KD(features) + 0.1 MICL(boundary outliers) + 0.2 MICL(latent outliers)
-    here:     cross-entropy + 4 KD(logits) + 8 KD(features) + 2 MICL(latent outliers), mended (the embedded images differ)
+    here:     cross-entropy + 4 KD(logits) + 8 KD(features) + 2 MICL(latent outliers), but for the embedded images
 
 The distillation terms are those of the released code (openood/trainers/generative_ood_distill_trainer.py).
 MICL, the mutual-information contrast between ID features and outliers, is here as released (`micl_released`, expectation
@@ -73,15 +73,15 @@ def fit_critic(id_energy, id_distance, outlier_energy, outlier_distance):
     are where the bound is largest. Two numbers, because more would learn by heart what these outliers look like: with
     one per unit of the feature the bound is larger and real OOD images are told worse.
 
-    Energies and distances of ID images [N] and of outliers [M].
+    Energies and distances of ID images [N] and of outliers [M]. Where a threshold tells all of them apart the bound has no
+    largest value, and c is as large as 100 steps make it.
     """
-    energy = torch.cat([id_energy, outlier_energy]).double()                             # [N + M]
-    distance = torch.cat([id_distance, outlier_distance]).double()
-    is_id = torch.arange(len(energy), device=energy.device) < len(id_energy)
+    energy = torch.cat([id_energy, outlier_energy]).cpu().double()                       # [N + M]
+    distance = torch.cat([id_distance, outlier_distance]).cpu().double()
+    is_id = torch.arange(len(energy)) < len(id_energy)
     share = torch.where(is_id, 0.5 / len(id_energy), 0.5 / len(outlier_energy))          # both halves count alike
     centre, spread = distance.mean(), distance.std()
-    c, t = torch.zeros((), dtype=torch.double), energy.mean().cpu()
-    c, t = (number.to(energy.device).requires_grad_() for number in (c, t))
+    c, t = torch.zeros_like(centre).requires_grad_(), energy.mean().requires_grad_()
     optimizer = torch.optim.LBFGS([c, t], max_iter=100, line_search_fn="strong_wolfe")
 
     def minus_bound():
@@ -101,16 +101,16 @@ def level(features, mean, radius, c):
 
 
 def open_direction(features, levels, ridge=1e-3):
-    """The linear map nearest to the levels: features [N, D], levels [N] -> (u [D], offset []), by ridge regression.
+    """The linear map nearest to the levels: features [N, D], levels [N] -> (u [D], offset []) on the CPU, by ridge regression.
 
     Added to every row of a classifier and to its bias they move an image's logits by one number alike, so no
     probability changes: the direction that cross-entropy leaves open, and that energies hear.
     """
-    ones = torch.ones(len(features), 1, device=features.device)
-    x = torch.cat([features, ones], dim=1).double()                                      # [N, D + 1]
+    features, levels = features.cpu().double(), levels.cpu().double()
+    x = torch.cat([features, torch.ones(len(features), 1)], dim=1)                       # [N, D + 1]
     gram = x.T @ x
-    gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-    solution = torch.linalg.solve(gram, x.T @ levels.double()).float()
+    gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram))
+    solution = torch.linalg.solve(gram, x.T @ levels).float()
     return solution[:-1], solution[-1]
 
 
@@ -120,7 +120,7 @@ def micl_energy(id_logits, outlier_logits, id_levels, outlier_levels):
 
     The mean of an image's logits is open: cross-entropy and distilled logits do not hear it, the energy does. It is
     regressed (smooth L1, in energy units) on the critic's level, which is measured in a frozen network, the student's
-    start: measured in the student it would be met by making the distance say nothing.
+    start, whose own mean logit is about 0: measured in the student it would be met by making the distance say nothing.
 
     id_logits [B, C], outlier_logits [M, C], levels [B] and [M] of the same images and latents (`level`) -> scalar; 0
     where all means are the levels. `fit_critic` is the contrast: it decides how far outliers sink.

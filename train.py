@@ -94,18 +94,19 @@ def make_heads(net, teacher, outliers, weights, args):
 
 
 def outlier_maps(maps, outliers, args, g, mine=slice(None), vary=True):
-    """Stage-2 maps of ID images [B, C, 16, 16] and the tensors of outliers.pt -> maps of outliers [OUTLIERS, C, 16, 16].
+    """Stage-2 maps of ID images [B, C, 16, 16] and the tensors of outliers.pt -> maps of OUTLIERS outliers [32, C, 16, 16].
 
-    With `vary`, of every contrast and sharpness: from flat to glaring, from smooth to rough. `mine` is the share of the
-    OUTLIERS that is wanted: the draws from g are the same whatever it is.
+    With `vary`, latents of every contrast and sharpness: from flat to glaring, from smooth to rough. `mine` is the share of
+    the 32 that is wanted: the draws from g are the same whatever it is.
     """
     codes = torch.randint(len(outliers["latent"]), (OUTLIERS,), generator=g)[mine].to(maps.device)
     hosts = torch.randint(2 ** 31, (OUTLIERS,), generator=g)[mine].to(maps.device) % len(maps)
     hosts = maps[hosts].detach().float()
     if args.outliers == "noise":  # the row to beat: noise as strong as the maps, in place of the latents
         return hosts + hosts.std() * torch.randn(OUTLIERS, *hosts.shape[1:], generator=g)[mine].to(maps.device)
-    stretch, detail = (high * torch.rand(OUTLIERS, 1, generator=g)[mine].to(maps.device) if vary else hosts.new_ones(len(hosts), 1)
-                       for high in (STRETCH, DETAIL))
+    if not vary:
+        return synthesize.transplant(outliers["latent"][codes], hosts, outliers)
+    stretch, detail = (high * torch.rand(OUTLIERS, 1, generator=g)[mine].to(maps.device) for high in (STRETCH, DETAIL))
     return synthesize.transplant(stretch * outliers["latent"][codes], hosts, outliers, detail[:, :, None, None])
 
 
@@ -114,7 +115,7 @@ def make_critic(start, images, outliers, args):
     """MICL's critic of the frozen network `start` -> its numbers, a dict of plain tensors on the CPU.
 
     mean [D], radius [] and c [] are those of losses.level; u [D] and offset [] of losses.open_direction. From up to 10,000
-    training images, each OUTLIERS of which are beside as many outliers, as sampled and varied in turn.
+    training images and about as many outliers: half of the latents as sampled, half varied.
     """
     g = generator(args.seed, "critic")
     some = images[torch.randperm(len(images), generator=g)[:10000].to(images.device)]
@@ -128,8 +129,9 @@ def make_critic(start, images, outliers, args):
     mean = inlier.mean(0)
     distances = [(features - mean).norm(dim=1) for features in (inlier, outlier)]
     energies = [start.classify(features).logsumexp(1) for features in (inlier, outlier)]
-    with torch.enable_grad():
-        c = losses.fit_critic(energies[0], distances[0], energies[1], distances[1])
+    c = losses.fit_critic(energies[0], distances[0], energies[1], distances[1])
+    if not math.isfinite(c):
+        evaluate.fail(f"MICL's critic of {args.out / 'ce.pt'} is not finite: its features are all alike; train it longer")
     radius, features = distances[0].mean(), torch.cat([inlier, outlier])
     print(f"oal: {args.outliers} outliers, the critic weighs the distance to the mean feature by {c:.2f}", flush=True)
     levels = losses.level(features, mean, radius, c) - start.classify(features).mean(1)
@@ -142,9 +144,9 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
     """The terms of the objective for one batch -> {name: scalar}, those that `weights` names.
 
     x uint8 [B, 3, 32, 32] augmented, y int64 [B]. outliers: the tensors of outliers.pt, sorted by class. start, critic:
-    the frozen network in which mended MICL measures, and its numbers; None without it.
+    the frozen network in which MICL's critic measures, and its numbers; None without it.
     """
-    through = "latent" in weights and args.micl in ("energy", "bound")  # outliers go through the network
+    through = sends_outliers(args, weights)
     with models.autocast(args.device):
         x = evaluate.normalize(x, args.dataset)
         maps = net.lower(x)                                                                           # [B, C, 16, 16]
@@ -159,8 +161,9 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
             if "kd" in weights or "feat" in weights:
                 teacher_logits, teacher_features = teacher(x, return_feature=True)
             if critic:
-                of_start = [start.upper(part) for part in (start.lower(x), maps[len(x):]) if len(part)]
-                levels = losses.level(torch.cat(of_start), critic["mean"], critic["radius"], critic["c"])  # [B (+ 32)]
+                # Of the outliers the maps are the student's, so that both networks see the same ones.
+                of_start = torch.cat([start.upper(start.lower(x)), start.upper(maps[len(x):])])       # [B + 32, D]
+                levels = losses.level(of_start, critic["mean"], critic["radius"], critic["c"])        # [B + 32]
     h, logits, outlier_logits = features[:len(x)], net.fc(features[:len(x)]), net.fc(features[len(x):])
 
     terms = {}
@@ -172,7 +175,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
         terms["kd"] = losses.distill_logits(logits, teacher_logits)
     if "feat" in weights:
         terms["feat"] = losses.distill_features(h, heads["projection"](teacher_features))
-    if through and critic:
+    if critic:
         terms["latent"] = losses.micl_energy(logits, outlier_logits, levels[:len(x)], levels[len(x):])
     elif through:
         terms["latent"] = losses.micl_bound(logits, outlier_logits)
@@ -185,15 +188,11 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
         o = outliers[kind][(y if kind != "vos" and args.micl == "club" else classes) * per_class + member]  # [B, D or L]
         if kind == "vos":
             terms[kind] = heads[kind](logits, net.fc(o))
-        elif args.micl in ("energy", "bound"):
+        elif args.micl == "bound":
             # As a feature that could occur: no unit is negative, and any length about that of this batch's features.
             length = LENGTHS[0] + (LENGTHS[1] - LENGTHS[0]) * torch.rand(BATCH, 1, generator=g)[mine].to(h)
             o = F.normalize(o.relu(), dim=1) * h.detach().norm(dim=1).mean() * length
-            if critic:
-                of_outliers = losses.level(o, critic["mean"], critic["radius"], critic["c"])
-                terms[kind] = losses.micl_energy(logits, net.fc(o), levels[:len(x)], of_outliers)
-            else:
-                terms[kind] = losses.micl_bound(logits, net.fc(o))
+            terms[kind] = losses.micl_bound(logits, net.fc(o))
         else:
             if q_optimizer:  # 'club': q is fitted to the pairs by likelihood before the bound is read
                 q_optimizer.zero_grad()
@@ -351,7 +350,7 @@ def benchmark(args, images, labels, teacher):
                 "latent": torch.randn(classes * 2, len(codec["basis"])), **codec}
     weights = weights_of(args)
     critic = None
-    if uses_critic(args, weights):
+    if sends_outliers(args, weights) and args.micl == "energy":
         critic = make_critic(start, images, {name: tensor.to(args.device) for name, tensor in outliers.items()}, args)
     optimizer = torch.optim.SGD(net.parameters(), **CE)
     x = evaluate.normalize(images[:BATCH], args.dataset)
@@ -391,9 +390,9 @@ def benchmark(args, images, labels, teacher):
             seconds.setdefault(name, []).append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
     bare_parts = {"ce": best["bare"], "oal": best["bare"]}
-    through = "latent" in weights and args.micl in ("energy", "bound")  # outliers go through the networks' upper halves
+    through = sends_outliers(args, weights)
     for part, counts in (("bare_upper", through), ("teacher_forward", weights.keys() & {"kd", "feat"}),
-                         ("start_forward", critic), ("start_upper", through and critic)):
+                         ("start_forward", critic), ("start_upper", critic)):
         if counts:
             bare_parts["oal"] += best[part]
     named = ("bare", "teacher_forward", "ce_step", "oal_step", "test_pass")
@@ -409,9 +408,9 @@ def weights_of(args):
     return {name: weight for name, weight in weights.items() if weight}
 
 
-def uses_critic(args, weights):
-    """Whether the objective has a term of mended MICL."""
-    return args.micl == "energy" and bool(weights.keys() & {"boundary", "latent"})
+def sends_outliers(args, weights):
+    """Whether latent outliers go through the network with the batch."""
+    return "latent" in weights and args.micl in ("energy", "bound")
 
 
 def parse_args():
@@ -445,10 +444,14 @@ def parse_args():
     if args.peer and (own or args.benchmark or args.micl or args.outliers != "diffusion"):
         evaluate.fail("--peer is another objective than OAL's: leave out --w-*, --micl, --outliers and --benchmark")
     args.epochs = (args.epochs, args.epochs) if args.epochs else None
-    embedded = args.dataset == "shapes" and args.arch == "resnet_small"
-    for name, value in TIERS["shapes" if embedded else args.arch].items():
+    tier = TIERS["shapes" if args.dataset == "shapes" and args.arch == "resnet_small" else args.arch]
+    args.micl = args.micl or tier["micl"]
+    if args.micl == "energy" and args.w_boundary:
+        evaluate.fail("--w-boundary is not for --micl energy, which has latent outliers alone: leave it out")
+    for name, value in tier.items():
         if getattr(args, name, None) is None:
-            setattr(args, name, 0.0 if args.peer and name.startswith("w_") else value)
+            unused = args.peer and name.startswith("w_") or args.micl == "energy" and name == "w_boundary"
+            setattr(args, name, 0.0 if unused else value)
     args.options = {name: value for name, value in vars(args).items()
                     if name not in ("data_root", "out", "device", "resume", "benchmark")}
     args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
@@ -534,14 +537,16 @@ def main():
     student, critic = models.build(args.arch, classes), None
     if not (args.out / "student.pt").exists():
         load_weights(student, args, "ce.pt")
-        if uses_critic(args, weights):
+        if sends_outliers(args, weights) and args.micl == "energy":
             if not (args.out / "critic.pt").exists():
+                begun = time.perf_counter()
                 save(make_critic(ce, images, outliers, args), args, "critic.pt")
+                args.seconds["oal"] += time.perf_counter() - begun
             critic = torch.load(args.out / "critic.pt", weights_only=True)
             with torch.no_grad():
                 student.fc.weight += critic["u"]
                 student.fc.bias += critic["offset"]
-        train("oal", student, images, labels, args, weights, teacher, outliers, ce, critic)
+        train("oal", student, images, labels, args, weights, teacher, outliers, ce if critic else None, critic)
         save_network(student, args, "student.pt")
     load_weights(student, args, "student.pt")
 
