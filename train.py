@@ -111,11 +111,12 @@ def outlier_maps(maps, outliers, args, g, mine=slice(None), vary=True):
 
 
 @torch.no_grad()
-def make_critic(start, images, outliers, args):
+def make_critic(start, images, outliers, args, teacher=None):
     """MICL's critic of the frozen network `start` -> its numbers, a dict of plain tensors on the CPU.
 
     mean [D], radius [] and c [] are those of losses.level; u [D] and offset [] of losses.open_direction. From up to 10,000
-    training images and about as many outliers: half of the latents as sampled, half varied.
+    training images and about as many outliers: half of the latents as sampled, half varied. With a teacher also
+    teacher_mean [T], teacher_radius [] and teacher_c [], which weighs the teacher's distances, in its radii, as c does.
     """
     g = generator(args.seed, "critic")
     some = images[torch.randperm(len(images), generator=g)[:10000].to(images.device)]
@@ -137,6 +138,11 @@ def make_critic(start, images, outliers, args):
     levels = losses.level(features, mean, radius, c) - start.classify(features).mean(1)
     u, offset = losses.open_direction(features, levels)
     found = {"mean": mean, "radius": radius, "c": torch.tensor(c), "u": u, "offset": offset}
+    if teacher:
+        features = evaluate.outputs(teacher, some, args.dataset, args.device)[1]                      # [N, T]
+        found["teacher_mean"] = features.mean(0)
+        found["teacher_radius"] = (features - found["teacher_mean"]).norm(dim=1).mean()
+        found["teacher_c"] = c * radius.cpu() / found["teacher_radius"]
     return {name: tensor.float().cpu() for name, tensor in found.items()}
 
 
@@ -146,7 +152,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
     x uint8 [B, 3, 32, 32] augmented, y int64 [B]. outliers: the tensors of outliers.pt, sorted by class. start, critic:
     the frozen network in which MICL's critic measures, and its numbers; None without it.
     """
-    through = sends_outliers(args, weights)
+    through, taught = sends_outliers(args, weights), is_taught(weights)
     with models.autocast(args.device):
         x = evaluate.normalize(x, args.dataset)
         maps = net.lower(x)                                                                           # [B, C, 16, 16]
@@ -158,12 +164,13 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
             maps = torch.cat([maps, outlying]).contiguous(memory_format=torch.channels_last)
         features = net.upper(maps)                                                                    # [B (+ 32), D]
         with torch.no_grad():
-            if "kd" in weights or "feat" in weights:
-                teacher_logits, teacher_features = teacher(x, return_feature=True)
+            teacher_logits, teacher_features = teacher(x, return_feature=True) if taught else (None, None)
             if critic:
-                # Of the outliers the maps are the student's, so that both networks see the same ones.
-                of_start = torch.cat([start.upper(start.lower(x)), start.upper(maps[len(x):])])       # [B + 32, D]
-                levels = losses.level(of_start, critic["mean"], critic["radius"], critic["c"])        # [B + 32]
+                level = lambda features, of="": losses.level(features, *(critic[of + name] for name in ("mean", "radius", "c")))
+                # The outliers enter the start as the maps of the student, so that both see the same ones. The teacher
+                # has the better critic, but sees images alone: the latents are codes of the start's maps, not of its own.
+                outlier_levels = level(start.upper(maps[len(x):]))                                    # [32]
+                id_levels = level(teacher_features, "teacher_") if taught else level(start(x, return_feature=True)[1])
     h, logits, outlier_logits = features[:len(x)], net.fc(features[:len(x)]), net.fc(features[len(x):])
 
     terms = {}
@@ -176,7 +183,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
     if "feat" in weights:
         terms["feat"] = losses.distill_features(h, heads["projection"](teacher_features))
     if critic:
-        terms["latent"] = losses.micl_energy(logits, outlier_logits, levels[:len(x)], levels[len(x):])
+        terms["latent"] = losses.micl_energy(logits, outlier_logits, id_levels, outlier_levels, teacher_logits)
     elif through:
         terms["latent"] = losses.micl_bound(logits, outlier_logits)
     for kind in [kind for kind in ("boundary", "latent", "vos") if kind in weights and kind not in terms]:
@@ -351,7 +358,8 @@ def benchmark(args, images, labels, teacher):
     weights = weights_of(args)
     critic = None
     if sends_outliers(args, weights) and args.micl == "energy":
-        critic = make_critic(start, images, {name: tensor.to(args.device) for name, tensor in outliers.items()}, args)
+        critic = make_critic(start, images, {name: tensor.to(args.device) for name, tensor in outliers.items()}, args,
+                             teacher if is_taught(weights) else None)
     optimizer = torch.optim.SGD(net.parameters(), **CE)
     x = evaluate.normalize(images[:BATCH], args.dataset)
     with torch.no_grad():
@@ -390,9 +398,9 @@ def benchmark(args, images, labels, teacher):
             seconds.setdefault(name, []).append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
     bare_parts = {"ce": best["bare"], "oal": best["bare"]}
-    through = sends_outliers(args, weights)
-    for part, counts in (("bare_upper", through), ("teacher_forward", weights.keys() & {"kd", "feat"}),
-                         ("start_forward", critic), ("start_upper", critic)):
+    through, taught = sends_outliers(args, weights), is_taught(weights)
+    for part, counts in (("bare_upper", through), ("teacher_forward", taught), ("start_forward", critic and not taught),
+                         ("start_upper", critic)):
         if counts:
             bare_parts["oal"] += best[part]
     named = ("bare", "teacher_forward", "ce_step", "oal_step", "test_pass")
@@ -411,6 +419,11 @@ def weights_of(args):
 def sends_outliers(args, weights):
     """Whether latent outliers go through the network with the batch."""
     return "latent" in weights and args.micl in ("energy", "bound")
+
+
+def is_taught(weights):
+    """Whether the student has a teacher."""
+    return bool(weights.keys() & {"kd", "feat"})
 
 
 def parse_args():
@@ -508,7 +521,7 @@ def main():
 
     # 2. The teacher: what a second cycle of the same schedule, on the same images, makes of that network.
     weights = weights_of(args)
-    if weights.keys() & {"kd", "feat"} and not teacher:
+    if is_taught(weights) and not teacher:
         teacher = models.build(args.arch, classes)
         if not (args.out / "teacher.pt").exists():
             load_weights(teacher, args, "ce.pt")
@@ -540,7 +553,7 @@ def main():
         if sends_outliers(args, weights) and args.micl == "energy":
             if not (args.out / "critic.pt").exists():
                 begun = time.perf_counter()
-                save(make_critic(ce, images, outliers, args), args, "critic.pt")
+                save(make_critic(ce, images, outliers, args, teacher if is_taught(weights) else None), args, "critic.pt")
                 args.seconds["oal"] += time.perf_counter() - begun
             critic = torch.load(args.out / "critic.pt", weights_only=True)
             with torch.no_grad():
