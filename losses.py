@@ -118,10 +118,10 @@ def micl_energy(id_logits, outlier_logits, id_levels, outlier_levels, teacher_lo
     """MICL mended: the student's own energy becomes the critic E - c |h - mu| of the information between a feature and
     'ID or outlier?', so that the detector needs nothing but logits.
 
-    Energies of ID images are regressed (smooth L1) on the critic of the teacher, its energy plus the level in its features.
-    Outliers, which the teacher cannot see, and without a teacher ID images too, have the level alone as the aim of their
-    mean logit, the number that cross-entropy and distilled logits leave open. Levels are measured in frozen networks whose
-    own mean logit is about 0: measured in the student they would be met by making the distance say nothing.
+    The energy of an ID image is regressed (smooth L1) on the teacher's energy plus the level of the teacher's feature. For
+    outliers, which have no teacher, and for ID images without one, the mean logit is regressed on the level in the student's
+    start: the number that cross-entropy and distilled logits leave open. Both are frozen networks, whose own mean logit is
+    about 0: measured in the student, the levels would be met by making the distance say nothing.
 
     id_logits and teacher_logits [B, C], outlier_logits [M, C], levels [B] and [M] of the same images and latents (`level`)
     -> scalar, 0 where all are as aimed. `fit_critic` is the contrast: it decides how far outliers sink.

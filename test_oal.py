@@ -489,7 +489,7 @@ def test_open_direction_moves_energies_and_no_probability():
 
 
 def test_micl_energy_by_hand():
-    """Smooth L1 between the mean logit and the level, outliers half as heavy; the gradient leaves probabilities alone."""
+    """Without a teacher smooth L1 between mean logit and level, outliers half as heavy, probabilities left alone."""
     inlier = torch.tensor([[3.0, 1.0], [0.0, 4.0]], requires_grad=True)
     outlier = torch.tensor([[-2.0, 0.0]], requires_grad=True)
     loss = losses.micl_energy(inlier, outlier, torch.tensor([1.5, 2.0]), torch.tensor([-4.0]))
@@ -843,7 +843,8 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
     for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--micl energy",
                                "--micl energy --outliers noise", "--w-kd 0", "--w-feat 0", "--w-boundary 0", "--w-latent 0",
                                "--peer vos", "--peer logitnorm",
-                               f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/18.pt")):
+                               f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/18.pt",
+                               f"--micl energy --teacher {tmp_path}/18.pt")):
         tiny(tmp_path / str(i), *shared, *words.split())
         students.append(torch.load(tmp_path / str(i) / "student.pt", weights_only=True)["conv1.weight"])
         assert not any(students[-1].equal(other) for other in students[:-1]), words
