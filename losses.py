@@ -114,23 +114,19 @@ def open_direction(features, levels, ridge=1e-3):
     return solution[:-1], solution[-1]
 
 
-def micl_energy(id_logits, outlier_logits, id_levels, outlier_levels, teacher_logits=None):
+def micl_energy(id_logits, outlier_logits, id_levels, outlier_levels):
     """MICL mended: the student's own energy becomes the critic E - c |h - mu| of the information between a feature and
     'ID or outlier?', so that the detector needs nothing but logits.
 
-    The energy of an ID image is regressed (smooth L1) on the teacher's energy plus the level of the teacher's feature. For
-    outliers, which have no teacher, and for ID images without one, the mean logit is regressed on the level in the student's
-    start: the number that cross-entropy and distilled logits leave open. Both are frozen networks, whose own mean logit is
-    about 0: measured in the student, the levels would be met by making the distance say nothing.
+    The mean of an image's logits is open: cross-entropy and distilled logits do not hear it, the energy does. It is
+    regressed (smooth L1, in energy units) on the critic's level, which is measured in a frozen network, the student's
+    start, whose own mean logit is about 0: measured in the student it would be met by making the distance say nothing.
 
-    id_logits and teacher_logits [B, C], outlier_logits [M, C], levels [B] and [M] of the same images and latents (`level`)
-    -> scalar, 0 where all are as aimed. `fit_critic` is the contrast: it decides how far outliers sink.
+    id_logits [B, C], outlier_logits [M, C], levels [B] and [M] of the same images and latents (`level`) -> scalar; 0
+    where all means are the levels. `fit_critic` is the contrast: it decides how far outliers sink.
     """
-    if teacher_logits is None:
-        id_term = F.smooth_l1_loss(id_logits.mean(1), id_levels)
-    else:
-        id_term = F.smooth_l1_loss(id_logits.logsumexp(1), teacher_logits.logsumexp(1) + id_levels)
-    return id_term + 0.5 * F.smooth_l1_loss(outlier_logits.mean(1), outlier_levels)
+    return (F.smooth_l1_loss(id_logits.mean(1), id_levels)
+            + 0.5 * F.smooth_l1_loss(outlier_logits.mean(1), outlier_levels))
 
 
 def micl_bound(id_logits, outlier_logits, accepted=0.9, way=0.1):

@@ -489,7 +489,7 @@ def test_open_direction_moves_energies_and_no_probability():
 
 
 def test_micl_energy_by_hand():
-    """Without a teacher smooth L1 between mean logit and level, outliers half as heavy, probabilities left alone."""
+    """Smooth L1 between the mean logit and the level, outliers half as heavy; the gradient leaves probabilities alone."""
     inlier = torch.tensor([[3.0, 1.0], [0.0, 4.0]], requires_grad=True)
     outlier = torch.tensor([[-2.0, 0.0]], requires_grad=True)
     loss = losses.micl_energy(inlier, outlier, torch.tensor([1.5, 2.0]), torch.tensor([-4.0]))
@@ -497,14 +497,6 @@ def test_micl_energy_by_hand():
     loss.backward()
     assert torch.allclose(inlier.grad, torch.tensor([[0.125, 0.125], [0.0, 0.0]]))
     assert torch.allclose(outlier.grad, torch.tensor([[0.25, 0.25]]))
-    # With a teacher of energies 2 and 5 the aims are 3.5 and 7: the student, with log(e^3 + e) and log(1 + e^4), lacks
-    # 0.3731 and 2.9819, and its whole energy is asked for.
-    inlier.grad = None
-    teacher_logits = torch.tensor([[2.0, -60.0], [5.0, -60.0]])
-    loss = losses.micl_energy(inlier, outlier, torch.tensor([1.5, 2.0]), torch.tensor([-4.0]), teacher_logits)
-    assert abs(loss.item() - ((0.3731 ** 2 / 2 + 2.4819) / 2 + 0.5 * 2.5)) < 1e-4
-    loss.backward()
-    assert torch.allclose(inlier.grad, -torch.tensor([[0.3731], [1.0]]) * inlier.detach().softmax(1) / 2, atol=1e-4)
 
 
 def test_logit_norm_by_hand():
@@ -843,8 +835,7 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
     for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--micl energy",
                                "--micl energy --outliers noise", "--w-kd 0", "--w-feat 0", "--w-boundary 0", "--w-latent 0",
                                "--peer vos", "--peer logitnorm",
-                               f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/18.pt",
-                               f"--micl energy --teacher {tmp_path}/18.pt")):
+                               f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/18.pt")):
         tiny(tmp_path / str(i), *shared, *words.split())
         students.append(torch.load(tmp_path / str(i) / "student.pt", weights_only=True)["conv1.weight"])
         assert not any(students[-1].equal(other) for other in students[:-1]), words
@@ -872,10 +863,9 @@ def test_outlier_maps():
     assert train.outlier_maps(maps, other, args, rng(2)).equal(drawn())                    # noise knows no latents
 
 
-@pytest.mark.parametrize("taught", [True, False])
-def test_micl_measures_in_frozen_networks(tiny, tmp_path, monkeypatch, taught):
-    """critic.pt holds what its networks' features give, by hand; levels, first step to last, are those of ce.pt's features
-    for latents, of the teacher's for images, or of ce.pt's without one; the student begins with their linear part."""
+def test_micl_measures_in_the_frozen_start(tiny, tmp_path, monkeypatch):
+    """critic.pt holds what its network's features give, by hand; levels are those of ce.pt's features, first step to last, of
+    images and of latents; the student begins with their linear part."""
     monkeypatch.setitem(train.TIERS["shapes"], "micl", "energy")
     monkeypatch.setattr(models, "autocast", lambda device: contextlib.nullcontext())       # float32, to be compared
     told, given, begun, ups = [], [], [], []
@@ -887,13 +877,12 @@ def test_micl_measures_in_frozen_networks(tiny, tmp_path, monkeypatch, taught):
     monkeypatch.setattr(models.ResNet, "upper", lambda net, maps: ups.append((len(given), net, maps.detach().clone())) or upper(net, maps))
     for seed, name in ((1, "net"), (2, "teacher")):
         torch.save(train.build("resnet_small", 8, seed).state_dict(), tmp_path / f"{name}.pt")
-    run = "--ce", tmp_path / "net.pt", *(("--teacher", tmp_path / "teacher.pt") if taught else ("--w-kd", 0, "--w-feat", 0))
+    run = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "teacher.pt"
     tiny(tmp_path / "a", *run)
     start, critic = (torch.load(tmp_path / "a" / f"{name}.pt", weights_only=True) for name in ("ce", "critic"))
     frozen = given[-1][8]
     assert all(frozen.state_dict()[name].equal(start[name]) for name in start)             # after the last step too
     net = evaluate.load_network(tmp_path / "a" / "ce.pt", 8)
-    judge = evaluate.load_network(tmp_path / "teacher.pt", 8) if taught else net           # of images
 
     # The critic's numbers, from all 300 images: fewer than 10,000.
     images = evaluate.load("shapes", "train")[0]
@@ -901,24 +890,18 @@ def test_micl_measures_in_frozen_networks(tiny, tmp_path, monkeypatch, taught):
     distance = (features - features.mean(0)).norm(dim=1)
     assert torch.allclose(critic["mean"], features.mean(0), atol=1e-5) and abs(critic["radius"] - distance.mean()) < 1e-5
 
-    of_judge = evaluate.outputs(judge, images, "shapes", "cpu")[1]
-    mean, radius = of_judge.mean(0), (of_judge - of_judge.mean(0)).norm(dim=1).mean()
-    assert set(critic) == {"mean", "radius", "c", "u", "offset"} | ({"teacher_mean", "teacher_radius", "teacher_c"} if taught else set())
-
-    # Levels of the first step and of the last: of images through the judge, in its radii, of latents through the start.
+    # Levels of the first step and of the last: of images through the start, of latents through its upper half.
     level = lambda h: -critic["c"] * ((h - critic["mean"]).norm(dim=1) - critic["radius"])
     for step in (0, len(given) - 1):
-        x = evaluate.normalize(given[step][2], "shapes")
-        latents = [maps for i, owner, maps in ups if i == step + 1 and owner is frozen][0]
+        x = given[step][2]
+        _, latents = [maps for i, owner, maps in ups if i == step + 1 and owner is frozen][:2]
         with torch.no_grad():
+            expected = level(upper(net, net.lower(evaluate.normalize(x, "shapes"))))
             of_latents = level(upper(net, latents))
-            logits_of_judge, h = judge(x, return_feature=True)
-            expected = -critic["c"] * critic["radius"] * ((h - mean).norm(dim=1) / radius - 1)
-        _, outlier_logits, id_levels, outlier_levels, teacher_logits = told[step]
+        _, outlier_logits, id_levels, outlier_levels = told[step]
         close = dict(rtol=0, atol=0.01 * expected.std().item())
         assert torch.allclose(id_levels, expected, **close) and torch.allclose(outlier_levels, of_latents, **close)
-        assert torch.allclose(teacher_logits, logits_of_judge, atol=1e-3) if taught else teacher_logits is None
-        assert len(outlier_logits) == len(outlier_levels) == len(latents) == train.OUTLIERS
+        assert len(outlier_logits) == len(outlier_levels) == train.OUTLIERS
         assert not id_levels.requires_grad and not outlier_levels.requires_grad
     assert len(told) == len(given) > 2 and all(critic[name].equal(given[-1][9][name]) for name in critic)
 

@@ -8,7 +8,7 @@
 In the order in which things happen: a cross-entropy network (the baseline, the student's start); its teacher, trained on
 from there; outliers synthesised from the network's features (synthesize.py); the student, trained on ID images and
 outliers (losses.py); network and student measured side by side (evaluate.py). An ablation is a weight of 0: `--w-kd 0`
-trains without logit distillation (MICL still hears the teacher's energies). Without both distillations there is no teacher.
+trains without logit distillation. Without both distillations there is no teacher.
 """
 import argparse
 import json
@@ -111,12 +111,11 @@ def outlier_maps(maps, outliers, args, g, mine=slice(None), vary=True):
 
 
 @torch.no_grad()
-def make_critic(start, images, outliers, args, teacher=None):
+def make_critic(start, images, outliers, args):
     """MICL's critic of the frozen network `start` -> its numbers, a dict of plain tensors on the CPU.
 
     mean [D], radius [] and c [] are those of losses.level; u [D] and offset [] of losses.open_direction. From up to 10,000
-    training images and about as many outliers: half of the latents as sampled, half varied. With a teacher also
-    teacher_mean [T], teacher_radius [] and teacher_c [] = c radius / teacher_radius: a radius weighs the same in both.
+    training images and about as many outliers: half of the latents as sampled, half varied.
     """
     g = generator(args.seed, "critic")
     some = images[torch.randperm(len(images), generator=g)[:10000].to(images.device)]
@@ -138,13 +137,6 @@ def make_critic(start, images, outliers, args, teacher=None):
     levels = losses.level(features, mean, radius, c) - start.classify(features).mean(1)
     u, offset = losses.open_direction(features, levels)
     found = {"mean": mean, "radius": radius, "c": torch.tensor(c), "u": u, "offset": offset}
-    if teacher is not None:
-        features = evaluate.outputs(teacher, some, args.dataset, args.device)[1]                      # [N, T]
-        found["teacher_mean"] = features.mean(0)
-        found["teacher_radius"] = (features - found["teacher_mean"]).norm(dim=1).mean()
-        found["teacher_c"] = c * radius.cpu() / found["teacher_radius"]
-        if not torch.isfinite(found["teacher_c"]):
-            evaluate.fail("MICL's critic of the teacher is not finite: its features are all alike; train it longer")
     return {name: tensor.float().cpu() for name, tensor in found.items()}
 
 
@@ -152,10 +144,9 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
     """The terms of the objective for one batch -> {name: scalar}, those that `weights` names.
 
     x uint8 [B, 3, 32, 32] augmented, y int64 [B]. outliers: the tensors of outliers.pt, sorted by class. start, critic:
-    the frozen network in which MICL measures outliers (ID images too, without a teacher), and make_critic's numbers; None
-    where MICL has no critic.
+    the frozen network in which MICL's critic measures, and its numbers; None without it.
     """
-    through, taught = sends_outliers(args, weights), is_taught(weights)
+    through = sends_outliers(args, weights)
     with models.autocast(args.device):
         x = evaluate.normalize(x, args.dataset)
         maps = net.lower(x)                                                                           # [B, C, 16, 16]
@@ -167,16 +158,12 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
             maps = torch.cat([maps, outlying]).contiguous(memory_format=torch.channels_last)
         features = net.upper(maps)                                                                    # [B (+ 32), D]
         with torch.no_grad():
-            teacher_logits, teacher_features = teacher(x, return_feature=True) if taught else (None, None)
+            if "kd" in weights or "feat" in weights:
+                teacher_logits, teacher_features = teacher(x, return_feature=True)
             if critic:
-                # Each in the better network that can see it: latents are codes of the start's maps, not of the teacher's.
-                of_start = critic["mean"], critic["radius"], critic["c"]
-                outlier_levels = losses.level(start.upper(maps[len(x):]), *of_start)                  # [32]
-                if taught:
-                    of_teacher = critic["teacher_mean"], critic["teacher_radius"], critic["teacher_c"]
-                    id_levels = losses.level(teacher_features, *of_teacher)                           # [B]
-                else:
-                    id_levels = losses.level(start(x, return_feature=True)[1], *of_start)
+                # Of the outliers the maps are the student's, so that both networks see the same ones.
+                of_start = torch.cat([start.upper(start.lower(x)), start.upper(maps[len(x):])])       # [B + 32, D]
+                levels = losses.level(of_start, critic["mean"], critic["radius"], critic["c"])        # [B + 32]
     h, logits, outlier_logits = features[:len(x)], net.fc(features[:len(x)]), net.fc(features[len(x):])
 
     terms = {}
@@ -189,7 +176,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
     if "feat" in weights:
         terms["feat"] = losses.distill_features(h, heads["projection"](teacher_features))
     if critic:
-        terms["latent"] = losses.micl_energy(logits, outlier_logits, id_levels, outlier_levels, teacher_logits)
+        terms["latent"] = losses.micl_energy(logits, outlier_logits, levels[:len(x)], levels[len(x):])
     elif through:
         terms["latent"] = losses.micl_bound(logits, outlier_logits)
     for kind in [kind for kind in ("boundary", "latent", "vos") if kind in weights and kind not in terms]:
@@ -364,8 +351,7 @@ def benchmark(args, images, labels, teacher):
     weights = weights_of(args)
     critic = None
     if sends_outliers(args, weights) and args.micl == "energy":
-        critic = make_critic(start, images, {name: tensor.to(args.device) for name, tensor in outliers.items()}, args,
-                             teacher if is_taught(weights) else None)
+        critic = make_critic(start, images, {name: tensor.to(args.device) for name, tensor in outliers.items()}, args)
     optimizer = torch.optim.SGD(net.parameters(), **CE)
     x = evaluate.normalize(images[:BATCH], args.dataset)
     with torch.no_grad():
@@ -404,9 +390,9 @@ def benchmark(args, images, labels, teacher):
             seconds.setdefault(name, []).append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
     bare_parts = {"ce": best["bare"], "oal": best["bare"]}
-    through, taught = sends_outliers(args, weights), is_taught(weights)
-    for part, counts in (("bare_upper", through), ("teacher_forward", taught), ("start_forward", critic and not taught),
-                         ("start_upper", critic)):
+    through = sends_outliers(args, weights)
+    for part, counts in (("bare_upper", through), ("teacher_forward", weights.keys() & {"kd", "feat"}),
+                         ("start_forward", critic), ("start_upper", critic)):
         if counts:
             bare_parts["oal"] += best[part]
     named = ("bare", "teacher_forward", "ce_step", "oal_step", "test_pass")
@@ -427,11 +413,6 @@ def sends_outliers(args, weights):
     return "latent" in weights and args.micl in ("energy", "bound")
 
 
-def is_taught(weights):
-    """Whether the student has a teacher."""
-    return bool(weights.keys() & {"kd", "feat"})
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = evaluate.fail
@@ -446,7 +427,7 @@ def parse_args():
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
-    parser.add_argument("--teacher", metavar="FILE", help="distil from this cross-entropy network, of any arch, and train no teacher")
+    parser.add_argument("--teacher", metavar="FILE", help="distil from this network, of any arch, and train no teacher")
     parser.add_argument("--micl", choices=("energy", "bound", "released", "club"), help="see losses.py; default: the tier's")
     parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
                         help="noise: Gaussian noise in place of synthesised latents, to compare")
@@ -527,9 +508,7 @@ def main():
 
     # 2. The teacher: what a second cycle of the same schedule, on the same images, makes of that network.
     weights = weights_of(args)
-    if not is_taught(weights):
-        teacher = None
-    elif teacher is None:
+    if weights.keys() & {"kd", "feat"} and not teacher:
         teacher = models.build(args.arch, classes)
         if not (args.out / "teacher.pt").exists():
             load_weights(teacher, args, "ce.pt")
@@ -554,14 +533,14 @@ def main():
             save(found, args, file)
         outliers = torch.load(args.out / file, map_location=args.device, weights_only=True)
 
-    # 4. The student. What of the start's level is linear in its features it is given, the rest it learns.
+    # 4. The student. What of MICL's critic is linear in its features it is given, the rest it learns.
     student, critic = models.build(args.arch, classes), None
     if not (args.out / "student.pt").exists():
         load_weights(student, args, "ce.pt")
         if sends_outliers(args, weights) and args.micl == "energy":
             if not (args.out / "critic.pt").exists():
                 begun = time.perf_counter()
-                save(make_critic(ce, images, outliers, args, teacher), args, "critic.pt")
+                save(make_critic(ce, images, outliers, args), args, "critic.pt")
                 args.seconds["oal"] += time.perf_counter() - begun
             critic = torch.load(args.out / "critic.pt", weights_only=True)
             with torch.no_grad():
