@@ -78,14 +78,15 @@ def build(name, num_classes):
 
 
 def autocast(device):
-    """bf16 autocast where the device computes in bf16 itself, else a context that does nothing.
+    """bf16 autocast where the device computes faster in bf16 than in float32, else a context that does nothing.
 
-    A CPU without bf16 instructions would emulate them and be slower than in float32.
+    Of CPUs those with bf16 instructions, but for Intel's without AMX: a Xeon of that kind trained resnet_small on 367
+    images per second in bf16 and on 495 in float32. Without the instructions bf16 is emulated, and slower yet.
     """
-    device = torch.device(device)
-    native = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-              "cpu": torch.cpu._is_avx512_bf16_supported()}.get(device.type, False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+    device, cpu = torch.device(device), torch.cpu.get_capabilities()
+    faster = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
+              "cpu": cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", "")}.get(device.type)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(faster))
 
 
 def projection(teacher_dim, student_dim):

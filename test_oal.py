@@ -199,6 +199,17 @@ def test_unknown_arch():
         models.build("vgg", 10)
 
 
+@pytest.mark.parametrize("cpu, bf16", [
+    ({"cpu_name": "AMD EPYC 9R14", "avx512_bf16": True, "amx_bf16": False}, True),
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),   # slower than in float32
+    ({"cpu_name": "AMD EPYC 7763", "avx512_bf16": False, "amx_bf16": False}, False), ({}, False)])
+def test_a_cpu_computes_in_bf16_where_that_is_faster(cpu, bf16, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    with models.autocast("cpu"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Boundary outliers.
 
