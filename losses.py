@@ -1,9 +1,10 @@
 """The terms of OAL's objective, and those of two peers. Each can be copied out alone: nothing here imports the project.
 
     released: cross-entropy + 4 KD(logits) + 8 KD(features) + 0.1 MICL(boundary outliers) + 0.2 MICL(latent outliers)
-    here:     cross-entropy + 4 KD(logits) + 8 KD(features) + 2 MICL(latent outliers), but for the embedded images
+    here:     cross-entropy + 4 KD(logits) + 16 KD(feature maps) + 2 MICL(latent outliers), but for the embedded images
 
-The distillation terms are those of the released code (openood/trainers/generative_ood_distill_trainer.py).
+`distill_logits` and `distill_features` are those of the released code (openood/trainers/generative_ood_distill_trainer.py);
+`distill_maps` is what a teacher of the student's own arch allows, and teaches in an epoch more than they do in three.
 MICL, the mutual-information contrast between ID features and outliers, is here as released (`micl_released`, expectation
 zero), as CLUB's authors meant the bound (`CLUB`, with q fitted by likelihood on dependent pairs), and mended (`fit_critic`
 and `micl_energy`, the default; `micl_bound` on the embedded images). README, section 'Audit', says why and shows the numbers.
@@ -26,6 +27,16 @@ def distill_features(student_features, targets):
     `targets` is the projected teacher feature. As released, the gradient reaches the projection too.
     """
     return F.kl_div(student_features.log_softmax(1), targets.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def distill_maps(student_maps, teacher_maps):
+    """Mean squared difference of feature maps over the teacher's mean square, summed over the stages: 0 where all are equal.
+
+    Lists of maps [B, C, H, W], a stage's two of one shape. FitNets' hints (Romero et al., arXiv 1412.6550) without a
+    regressor between the two networks: the teacher has grown from the student's start, so their units correspond.
+    """
+    return sum(F.mse_loss(student.float(), teacher.float()) / teacher.float().square().mean()
+               for student, teacher in zip(student_maps, teacher_maps, strict=True))
 
 
 class CLUB(nn.Module):

@@ -54,10 +54,12 @@ class ResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))  # [B, W, 32, 32]
         return self.layer2(self.layer1(x))   # [B, 2W, 16, 16]
 
-    def upper(self, maps):
-        """Feature map of stage 2 [B, 2 * width, 16, 16] -> features [B, 8 * width]."""
-        x = self.layer4(self.layer3(maps))   # [B, 8W, 4, 4]
-        return x.float().mean((2, 3))        # [B, D]; float32: energies of bf16 features would tie
+    def upper(self, maps, return_maps=False):
+        """Feature map of stage 2 [B, 2 * width, 16, 16] -> features [B, 8 * width], if asked with the maps of stages 3, 4."""
+        third = self.layer3(maps)                 # [B, 4W, 8, 8]
+        fourth = self.layer4(third)               # [B, 8W, 4, 4]
+        features = fourth.float().mean((2, 3))    # [B, D]; float32: energies of bf16 features would tie
+        return (features, (third, fourth)) if return_maps else features
 
     def forward(self, x, return_feature=False):
         features = self.upper(self.lower(x))

@@ -347,6 +347,16 @@ def test_distillation_closed_forms():
         assert loss(teacher, teacher).abs() < 1e-6
 
 
+def test_distilled_maps_by_hand():
+    """Shares of the teacher's energy that are missed, stage by stage: (1/2)^2, all, and none."""
+    teacher = [torch.full((2, 3, 4, 4), 2.0), torch.randn(2, 5, 2, 2, generator=rng()), torch.rand(2, 4, generator=rng())]
+    student = [torch.full((2, 3, 4, 4), 3.0).bfloat16(), torch.zeros(2, 5, 2, 2), teacher[2].clone()]
+    assert abs(losses.distill_maps(student, teacher).item() - 1.25) < 1e-6
+    assert losses.distill_maps(teacher, teacher) == 0
+    with pytest.raises(ValueError):
+        losses.distill_maps(student[:2], teacher)                                          # a stage that has no partner
+
+
 def test_club_against_all_pairs():
     club = losses.CLUB(3, 4, 8)
     x, y = torch.randn(6, 3, generator=rng()), torch.randn(6, 4, generator=rng(1)) + 5
@@ -687,7 +697,8 @@ def test_threshold_accepts_the_share():
     (evaluate, "x.pt --threshold-tpr 1.5", "1.5"), (evaluate, "x.pt --threshold-tpr some", "some"),
     (synthesize, "no.pt", "no.pt"), (synthesize, "x.pt --device abacus", "abacus"),
     (train, "--outliers noise --micl club", "--outliers noise"), (train, "--peer vos --w-kd 1", "--peer"),
-    (train, "--peer logitnorm --benchmark", "--peer"), (train, "--peer vos --micl energy", "--peer"), (train, "--micl energy --w-boundary 1", "--w-boundary"),
+    (train, "--peer logitnorm --benchmark", "--peer"), (train, "--peer vos --feat maps", "--peer"),
+    (train, "--peer vos --micl energy", "--peer"), (train, "--micl energy --w-boundary 1", "--w-boundary"),
     (synthesize, "x.pt --per-class none", "whole number")])
 def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", *words.split(), "--out", str(tmp_path / "out")])
@@ -834,7 +845,7 @@ def test_switched_off_terms_and_shared_start(tiny, tmp_path):
         assert all(a[key].equal(b[key]) for key in a)
 
 
-def test_every_ablation_changes_the_student(tiny, tmp_path):
+def test_every_ablation_changes_the_student(tiny, tmp_path, capsys):
     """From one network and one teacher: the same bits as the run that made them, and no two options the same weights."""
     tiny(tmp_path / "default")
     shared = "--ce", tmp_path / "default" / "ce.pt", "--teacher", tmp_path / "default" / "teacher.pt"
@@ -844,12 +855,40 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
     assert all(again[key].equal(first[key]) for key in first)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
     for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--micl energy",
-                               "--micl energy --outliers noise", "--w-kd 0", "--w-feat 0", "--w-boundary 0", "--w-latent 0",
+                               "--micl energy --outliers noise", "--feat maps", "--w-kd 0", "--w-feat 0", "--w-boundary 0", "--w-latent 0",
                                "--peer vos", "--peer logitnorm",
                                f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/18.pt")):
         tiny(tmp_path / str(i), *shared, *words.split())
         students.append(torch.load(tmp_path / str(i) / "student.pt", weights_only=True)["conv1.weight"])
         assert not any(students[-1].equal(other) for other in students[:-1]), words
+    with pytest.raises(SystemExit) as stop:                                          # maps of other shapes
+        tiny(tmp_path / "wide", *shared[:2], "--teacher", tmp_path / "18.pt", "--feat", "maps")
+    assert stop.value.code == 2 and not (tmp_path / "wide").exists() and "--feat released" in capsys.readouterr().err
+
+
+def test_maps_are_distilled_from_the_image_itself_at_each_stage():
+    """With outliers in the batch: 0 from a teacher like the student; where one stage of it is doubled, that stage's 1/4."""
+    net, teacher = (train.build("resnet_small", 8, 0).eval() for _ in range(2))
+    x, y = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=rng()), torch.arange(6)
+    args = argparse.Namespace(dataset="shapes", device="cpu", micl="bound", feat="maps", outliers="diffusion", rank=0, world=1)
+    maps = net.lower(evaluate.normalize(x, "shapes")).detach()
+    outliers = {"latent": torch.randn(9, 5, generator=rng(1)), **synthesize.fit_codec(maps)}
+    found = lambda: train.loss_terms(net, {}, x, y, args, {"feat": 1.0, "latent": 1.0}, teacher, outliers, None, None, None, rng())
+    assert found()["feat"].item() < 1e-3 and found()["latent"].item() != 0
+    real = models.ResNet.upper
+    for stage in (0, 1):
+        def doubled(self, maps, return_maps=False):
+            features, later = real(self, maps, return_maps=True)
+            later = tuple(2 * part if self is teacher and i == stage else part for i, part in enumerate(later))
+            return (features, later) if return_maps else features
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(models.ResNet, "upper", doubled)
+            assert abs(found()["feat"].item() - 0.25) < 2e-3
+    lower = models.ResNet.lower
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.ResNet, "lower", lambda self, x: lower(self, x) * (2 if self is teacher else 1))
+        patch.setattr(models.ResNet, "upper", lambda self, maps, return_maps=False: real(self, maps / (2 if self is teacher else 1), return_maps))
+        assert abs(found()["feat"].item() - 0.25) < 2e-3
 
 
 def test_outlier_maps():

@@ -37,15 +37,15 @@ WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary
            "latent": "MICL on latent outliers"}
 # What the command line leaves open. Epochs of cross-entropy (and of the teacher) and of OAL; OAL's rate, 0.005 as
 # released, which suits 100 epochs; padding of the random crop, 4 on the board, less for a student that sees each image
-# 11 times; outliers per class; steps of the diffusion model; weights, on CIFAR the distilling ones as released; the form
-# of MICL.
+# 11 times; outliers per class; steps of the diffusion model; weights, of logit distillation as released; the forms of
+# feature distillation and of MICL.
 TIERS = {
     "resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
-                     w_kd=4.0, w_feat=8.0, w_boundary=0.0, w_latent=2.0, micl="energy"),
+                     w_kd=4.0, w_feat=16.0, w_boundary=0.0, w_latent=2.0, feat="maps", micl="energy"),
     "resnet_small": dict(epochs=(8, 3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
-                         w_kd=4.0, w_feat=8.0, w_boundary=0.0, w_latent=2.0, micl="energy"),
+                         w_kd=4.0, w_feat=16.0, w_boundary=0.0, w_latent=2.0, feat="maps", micl="energy"),
     "shapes": dict(epochs=(8, 8), oal_lr=0.01, crop=1, per_class=50, diffusion_steps=1000,
-                   w_kd=1.0, w_feat=8.0, w_boundary=1.0, w_latent=1.0, micl="bound")}
+                   w_kd=1.0, w_feat=8.0, w_boundary=1.0, w_latent=1.0, feat="released", micl="bound")}
 
 
 def generator(seed, stage):
@@ -81,9 +81,9 @@ def average_gradients(parameters, world):
 
 
 def make_heads(net, teacher, outliers, weights, args):
-    """What is trained beside the network, by name: feature distillation's projection, CLUB's q, VOS's critic."""
+    """What is trained beside the network, by name: released feature distillation's projection, CLUB's q, VOS's critic."""
     heads = {}
-    if "feat" in weights:
+    if "feat" in weights and args.feat == "released":
         heads["projection"] = models.projection(teacher.fc.in_features, net.fc.in_features)
     for kind in ("boundary", "latent"):
         if kind in weights and args.micl in ("released", "club"):
@@ -156,10 +156,12 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
             # Under torchrun each process takes its share of them, as of the images.
             outlying = outlier_maps(maps, outliers, args, g, slice(args.rank, None, args.world)).to(maps)
             maps = torch.cat([maps, outlying]).contiguous(memory_format=torch.channels_last)
-        features = net.upper(maps)                                                                    # [B (+ 32), D]
+        features, later = net.upper(maps, return_maps=True)                                           # [B (+ 32), D]
         with torch.no_grad():
             if "kd" in weights or "feat" in weights:
-                teacher_logits, teacher_features = teacher(x, return_feature=True)
+                teacher_maps = teacher.lower(x)
+                teacher_features, teacher_later = teacher.upper(teacher_maps, return_maps=True)
+                teacher_logits = teacher.classify(teacher_features)
             if critic:
                 # Of the outliers the maps are the student's, so that both networks see the same ones.
                 of_start = torch.cat([start.upper(start.lower(x)), start.upper(maps[len(x):])])       # [B + 32, D]
@@ -173,7 +175,9 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
         terms["logitnorm"] = losses.logit_norm(logits, y)
     if "kd" in weights:
         terms["kd"] = losses.distill_logits(logits, teacher_logits)
-    if "feat" in weights:
+    if "feat" in weights and args.feat == "maps":
+        terms["feat"] = losses.distill_maps([stage[:len(x)] for stage in (maps, *later)], [teacher_maps, *teacher_later])
+    elif "feat" in weights:
         terms["feat"] = losses.distill_features(h, heads["projection"](teacher_features))
     if critic:
         terms["latent"] = losses.micl_energy(logits, outlier_logits, levels[:len(x)], levels[len(x):])
@@ -428,6 +432,7 @@ def parse_args():
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
     parser.add_argument("--teacher", metavar="FILE", help="distil from this network, of any arch, and train no teacher")
+    parser.add_argument("--feat", choices=("maps", "released"), help="form of feature distillation, see losses.py")
     parser.add_argument("--micl", choices=("energy", "bound", "released", "club"), help="see losses.py; default: the tier's")
     parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
                         help="noise: Gaussian noise in place of synthesised latents, to compare")
@@ -441,11 +446,11 @@ def parse_args():
     if args.outliers == "noise" and args.micl in ("released", "club"):
         evaluate.fail(f"--outliers noise is not for --micl {args.micl}, which never sends outliers through the network")
     own = [name for name in WEIGHTS if getattr(args, f"w_{name}") is not None]
-    if args.peer and (own or args.benchmark or args.micl or args.outliers != "diffusion"):
-        evaluate.fail("--peer is another objective than OAL's: leave out --w-*, --micl, --outliers and --benchmark")
+    if args.peer and (own or args.benchmark or args.feat or args.micl or args.outliers != "diffusion"):
+        evaluate.fail("--peer is another objective than OAL's: leave out --w-*, --feat, --micl, --outliers and --benchmark")
     args.epochs = (args.epochs, args.epochs) if args.epochs else None
     tier = TIERS["shapes" if args.dataset == "shapes" and args.arch == "resnet_small" else args.arch]
-    args.micl = args.micl or tier["micl"]
+    args.micl, args.feat = args.micl or tier["micl"], args.feat or tier["feat"]
     if args.micl == "energy" and args.w_boundary:
         evaluate.fail("--w-boundary is not for --micl energy, which has latent outliers alone: leave it out")
     for name, value in tier.items():
@@ -483,6 +488,9 @@ def main():
     # Images, and everything else that a user can get wrong, before the first second of training.
     ce = evaluate.load_network(args.ce, classes, args.arch) if args.ce else build(args.arch, classes, args.seed)
     teacher = evaluate.load_network(args.teacher, classes) if args.teacher else None
+    if teacher and args.feat == "maps" and args.w_feat and teacher.conv1.weight.shape != ce.conv1.weight.shape:
+        evaluate.fail(f"the feature maps of --teacher {args.teacher} have other shapes than those of {args.arch}: add --feat "
+                      "released --w-feat 8, or give a teacher of that arch")
     images, labels = (tensor.to(args.device) for tensor in evaluate.load(args.dataset, "train", args.data_root))
     if len(images) < BATCH or labels.bincount(minlength=classes).min() < 2:
         evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs {BATCH} images, and "
