@@ -4,7 +4,7 @@
     here:     cross-entropy + 4 KD(logits) + 16 KD(feature maps) + 2 MICL(latent outliers), but for the embedded images
 
 `distill_logits` and `distill_features` are those of the released code (openood/trainers/generative_ood_distill_trainer.py);
-`distill_maps` is what a teacher of the student's own arch allows, and teaches in an epoch more than they do in three.
+`distill_maps` is what a teacher that has grown from the student's start allows: its units are the student's.
 MICL, the mutual-information contrast between ID features and outliers, is here as released (`micl_released`, expectation
 zero), as CLUB's authors meant the bound (`CLUB`, with q fitted by likelihood on dependent pairs), and mended (`fit_critic`
 and `micl_energy`, the default; `micl_bound` on the embedded images). README, section 'Audit', says why and shows the numbers.

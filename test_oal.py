@@ -906,7 +906,7 @@ def test_outlier_maps():
         args.outliers = kind
         shares = torch.stack([drawn(mine=slice(i, None, 2)) for i in range(2)], 1).flatten(0, 1)
         if kind == "diffusion":
-            assert shares.equal(drawn())
+            assert torch.allclose(shares, drawn(), atol=1e-4)                              # 16 rows at a time round otherwise
         else:
             assert (shares - drawn()).std() < 0.1 * drawn().std()                          # its strength is its share's
     other = {name: tensor for name, tensor in outliers.items() if name != "latent"} | {"latent": outliers["latent"] + 1}
