@@ -924,7 +924,8 @@ def test_micl_measures_in_the_frozen_start(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "loss_terms", lambda *words: given.append(words) or terms(*words))
     monkeypatch.setattr(train, "train", lambda stage, net, *rest, **more: begun.append(
         {name: value.clone() for name, value in net.state_dict().items()}) or real(stage, net, *rest, **more))
-    monkeypatch.setattr(models.ResNet, "upper", lambda net, maps: ups.append((len(given), net, maps.detach().clone())) or upper(net, maps))
+    monkeypatch.setattr(models.ResNet, "upper", lambda net, maps, **more: ups.append((len(given), net, maps.detach().clone()))
+                        or upper(net, maps, **more))
     for seed, name in ((1, "net"), (2, "teacher")):
         torch.save(train.build("resnet_small", 8, seed).state_dict(), tmp_path / f"{name}.pt")
     run = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "teacher.pt"
