@@ -313,7 +313,7 @@ def normalize(images, dataset):
 def outputs(net, images, dataset, device, batch_size=500):
     """Images uint8 [N, 3, 32, 32] -> (logits [N, C], features [N, D]), float32 on the CPU, the network in eval mode.
 
-    Convolutions run in bf16 where the device has it, pooling and classifier always in float32.
+    Convolutions run in bf16 where models.autocast says so, pooling and classifier always in float32.
     """
     net.eval().to(device=device, memory_format=torch.channels_last)
     logits, features = [], []

@@ -34,6 +34,7 @@ def distill_maps(student_maps, teacher_maps):
 
     Lists of maps [B, C, H, W], a stage's two of one shape. FitNets' hints (Romero et al., arXiv 1412.6550) without a
     regressor between the two networks: the teacher has grown from the student's start, so their units correspond.
+    The mean square is of the rows given, a process's share; where it is 0 the result is not finite.
     """
     return sum(F.mse_loss(student.float(), teacher.float()) / teacher.float().square().mean()
                for student, teacher in zip(student_maps, teacher_maps, strict=True))

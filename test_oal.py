@@ -790,7 +790,7 @@ def assert_same(a, b):
 
 
 def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(train.TIERS["shapes"], "micl", "energy")
+    train.TIERS["shapes"].update(micl="energy", feat="maps")                               # CIFAR's forms; tiny restores them
     tiny(tmp_path / "a")
     tiny(tmp_path / "b")
     first = contents(tmp_path / "a")
@@ -979,7 +979,7 @@ import sys
 sys.path.insert(0, {str(HERE)!r})
 import evaluate, train
 evaluate.SHAPES_SIZES = {{name: 60 for name in ("val", "test", "held_out", *evaluate.GROUPS["shapes"]["far"])}} | {{"train": 260}}
-train.TIERS["shapes"].update(per_class=4, diffusion_steps=10, micl="energy")
+train.TIERS["shapes"].update(per_class=4, diffusion_steps=10, micl="energy", feat="maps")
 train.main()
 """)
     for name, launch in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))):
@@ -1003,9 +1003,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, tmp_path, capsys):
     assert stop.value.code == 2 and error.startswith("error: the loss is not finite at oal step 0: ce ") and "sum nan" in error
 
 
-@pytest.mark.parametrize("micl", ["energy", "bound"])
-def test_benchmark(tiny, tmp_path, monkeypatch, micl):
-    tiny(tmp_path / "a", "--benchmark", "--micl", micl)
+@pytest.mark.parametrize("micl, feat", [("energy", "maps"), ("bound", "released")])
+def test_benchmark(tiny, tmp_path, monkeypatch, micl, feat):
+    tiny(tmp_path / "a", "--benchmark", "--micl", micl, "--feat", feat)
     found = json.loads((tmp_path / "a" / "benchmark.json").read_text())
     assert set(found["images_per_second"]) == {"bare", "teacher_forward", "ce_step", "oal_step", "test_pass"}
     assert set(found["ratio"]) == {"ce", "oal"} and min(found["ratio"].values()) > 0.5

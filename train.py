@@ -37,15 +37,16 @@ WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary
            "latent": "MICL on latent outliers"}
 # What the command line leaves open. Epochs of cross-entropy (and of the teacher) and of OAL; OAL's rate, 0.005 as
 # released, which suits 100 epochs; padding of the random crop, 4 on the board, less for a student that sees each image
-# 11 times; outliers per class; steps of the diffusion model; weights, of logit distillation as released; the forms of
-# feature distillation and of MICL.
+# 11 times; outliers per class; steps of the diffusion model; weights, on CIFAR that of logit distillation as released; the
+# forms of feature distillation, whose weight goes with the form, and of MICL.
+W_FEAT = {"maps": 16.0, "released": 8.0}
 TIERS = {
     "resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
-                     w_kd=4.0, w_feat=16.0, w_boundary=0.0, w_latent=2.0, feat="maps", micl="energy"),
+                     w_kd=4.0, w_boundary=0.0, w_latent=2.0, feat="maps", micl="energy"),
     "resnet_small": dict(epochs=(8, 3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
-                         w_kd=4.0, w_feat=16.0, w_boundary=0.0, w_latent=2.0, feat="maps", micl="energy"),
+                         w_kd=4.0, w_boundary=0.0, w_latent=2.0, feat="maps", micl="energy"),
     "shapes": dict(epochs=(8, 8), oal_lr=0.01, crop=1, per_class=50, diffusion_steps=1000,
-                   w_kd=1.0, w_feat=8.0, w_boundary=1.0, w_latent=1.0, feat="released", micl="bound")}
+                   w_kd=1.0, w_boundary=1.0, w_latent=1.0, feat="released", micl="bound")}
 
 
 def generator(seed, stage):
@@ -431,8 +432,9 @@ def parse_args():
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
-    parser.add_argument("--teacher", metavar="FILE", help="distil from this network, of any arch, and train no teacher")
-    parser.add_argument("--feat", choices=("maps", "released"), help="form of feature distillation, see losses.py")
+    parser.add_argument("--teacher", metavar="FILE", help="distil from this network and train no teacher; add --feat released "
+                        "where it has another arch than the student or has not grown from its start")
+    parser.add_argument("--feat", choices=W_FEAT, help="form of feature distillation, see losses.py; default: the tier's")
     parser.add_argument("--micl", choices=("energy", "bound", "released", "club"), help="see losses.py; default: the tier's")
     parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
                         help="noise: Gaussian noise in place of synthesised latents, to compare")
@@ -453,7 +455,7 @@ def parse_args():
     args.micl, args.feat = args.micl or tier["micl"], args.feat or tier["feat"]
     if args.micl == "energy" and args.w_boundary:
         evaluate.fail("--w-boundary is not for --micl energy, which has latent outliers alone: leave it out")
-    for name, value in tier.items():
+    for name, value in {**tier, "w_feat": W_FEAT[args.feat]}.items():
         if getattr(args, name, None) is None:
             unused = args.peer and name.startswith("w_") or args.micl == "energy" and name == "w_boundary"
             setattr(args, name, 0.0 if unused else value)
@@ -489,8 +491,8 @@ def main():
     ce = evaluate.load_network(args.ce, classes, args.arch) if args.ce else build(args.arch, classes, args.seed)
     teacher = evaluate.load_network(args.teacher, classes) if args.teacher else None
     if teacher and args.feat == "maps" and args.w_feat and teacher.conv1.weight.shape != ce.conv1.weight.shape:
-        evaluate.fail(f"the feature maps of --teacher {args.teacher} have other shapes than those of {args.arch}: add --feat "
-                      "released --w-feat 8, or give a teacher of that arch")
+        evaluate.fail(f"the feature maps of --teacher {args.teacher} have other shapes than those of {args.arch}: add "
+                      "--feat released, or give a teacher of that arch")
     images, labels = (tensor.to(args.device) for tensor in evaluate.load(args.dataset, "train", args.data_root))
     if len(images) < BATCH or labels.bincount(minlength=classes).min() < 2:
         evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs {BATCH} images, and "
