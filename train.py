@@ -35,11 +35,11 @@ LENGTHS = (0.5, 2.5)                                                # of boundar
 STRETCH = DETAIL = 2.0                                              # latents, their hosts' detail: times 0 to this
 WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary": "MICL on boundary outliers",
            "latent": "MICL on latent outliers"}
+W_FEAT = {"maps": 16.0, "released": 8.0}                            # of feature distillation, by its form
 # What the command line leaves open. Epochs of cross-entropy (and of the teacher) and of OAL; OAL's rate, 0.005 as
 # released, which suits 100 epochs; padding of the random crop, 4 on the board, less for a student that sees each image
 # 11 times; outliers per class; steps of the diffusion model; weights, on CIFAR that of logit distillation as released; the
-# forms of feature distillation, whose weight goes with the form, and of MICL.
-W_FEAT = {"maps": 16.0, "released": 8.0}
+# forms of feature distillation and of MICL.
 TIERS = {
     "resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
                      w_kd=4.0, w_boundary=0.0, w_latent=2.0, feat="maps", micl="energy"),
