@@ -892,16 +892,18 @@ def test_maps_are_distilled_from_the_image_itself_at_each_stage():
 
 
 def test_outlier_maps():
-    """As sampled: the host's map with the code replaced. Varied: other maps. Two processes' shares make the whole."""
+    """Each is a latent and its host's detail, both scaled at random. Two processes' shares make the whole."""
     maps, args = torch.randn(40, 4, 16, 16, generator=rng()), argparse.Namespace(outliers="diffusion")
-    outliers = {"latent": torch.randn(9, 8, generator=rng(1)), **synthesize.fit_codec(maps[:9])}
+    codec = synthesize.fit_codec(torch.randn(9, 4, 16, 16, generator=rng(3)))
+    outliers = {"latent": torch.randn(9, 8, generator=rng(1)), **codec}
     drawn = lambda **more: train.outlier_maps(maps, outliers, args, rng(2), **more)
-    plain = drawn(vary=False)
-    codes = synthesize.encode(plain, outliers)
-    nearest = torch.cdist(codes, outliers["latent"])
-    assert plain.shape == (train.OUTLIERS, 4, 16, 16) and nearest.amin(1).max() < 1e-2 and len(nearest.argmin(1).unique()) > 4
-    ratio = (synthesize.encode(drawn(), outliers) / codes).median(1)[0]                    # times 0 to STRETCH
-    assert 0 <= ratio.min() < 0.3 and 1.7 < ratio.max() <= train.STRETCH and len(ratio.unique()) == train.OUTLIERS
+    codes = synthesize.encode(drawn(), outliers)
+    detail = lambda maps: (maps - synthesize.decode(synthesize.encode(maps, outliers), outliers, maps.shape[1:])).flatten(1)
+    for parts, known, high in ((codes, outliers["latent"], train.STRETCH), (detail(drawn()), detail(maps), train.DETAIL)):
+        cosine, which = (F.normalize(parts) @ F.normalize(known).T).max(1)
+        ratio = parts.norm(dim=1) / known[which].norm(dim=1)                               # times 0 to 2
+        assert parts.shape[0] == train.OUTLIERS and cosine.min() > 0.99 and len(which.unique()) > 4
+        assert 0 <= ratio.min() < 0.3 and 0.85 * high < ratio.max() <= high * 1.001 and len(ratio.unique()) == train.OUTLIERS
     for kind in ("diffusion", "noise"):
         args.outliers = kind
         shares = torch.stack([drawn(mine=slice(i, None, 2)) for i in range(2)], 1).flatten(0, 1)

@@ -94,19 +94,17 @@ def make_heads(net, teacher, outliers, weights, args):
     return torch.nn.ModuleDict(heads)
 
 
-def outlier_maps(maps, outliers, args, g, mine=slice(None), vary=True):
+def outlier_maps(maps, outliers, args, g, mine=slice(None)):
     """Stage-2 maps of ID images [B, C, 16, 16] and the tensors of outliers.pt -> maps of OUTLIERS outliers [32, C, 16, 16].
 
-    With `vary`, latents of every contrast and sharpness: from flat to glaring, from smooth to rough. `mine` is the share of
-    the 32 that is wanted: the draws from g are the same whatever it is.
+    Latents of every contrast and sharpness: from flat to glaring, from smooth to rough. `mine` is the share of the 32 that
+    is wanted: the draws from g are the same whatever it is.
     """
     codes = torch.randint(len(outliers["latent"]), (OUTLIERS,), generator=g)[mine].to(maps.device)
     hosts = torch.randint(2 ** 31, (OUTLIERS,), generator=g)[mine].to(maps.device) % len(maps)
     hosts = maps[hosts].detach().float()
     if args.outliers == "noise":  # the row to beat: noise as strong as the maps, in place of the latents
         return hosts + hosts.std() * torch.randn(OUTLIERS, *hosts.shape[1:], generator=g)[mine].to(maps.device)
-    if not vary:
-        return synthesize.transplant(outliers["latent"][codes], hosts, outliers)
     stretch, detail = (high * torch.rand(OUTLIERS, 1, generator=g)[mine].to(maps.device) for high in (STRETCH, DETAIL))
     return synthesize.transplant(stretch * outliers["latent"][codes], hosts, outliers, detail[:, :, None, None])
 
@@ -116,7 +114,7 @@ def make_critic(start, images, outliers, args):
     """MICL's critic of the frozen network `start` -> its numbers, a dict of plain tensors on the CPU.
 
     mean [D], radius [] and c [] are those of losses.level; u [D] and offset [] of losses.open_direction. From up to 10,000
-    training images and about as many outliers: half of the latents as sampled, half varied.
+    training images and about as many outliers, drawn as in training.
     """
     g = generator(args.seed, "critic")
     some = images[torch.randperm(len(images), generator=g)[:10000].to(images.device)]
@@ -124,8 +122,8 @@ def make_critic(start, images, outliers, args):
     for maps, features in synthesize.stage2(start, some, args.dataset, args.device):
         inlier.append(features)                                                                       # [500, D]
         with models.autocast(args.device):
-            for i, part in enumerate(maps.split(OUTLIERS)):
-                outlier.append(start.upper(outlier_maps(part, outliers, args, g, vary=i % 2 == 1)))   # [32, D]
+            for part in maps.split(OUTLIERS):
+                outlier.append(start.upper(outlier_maps(part, outliers, args, g)))                    # [32, D]
     inlier, outlier = torch.cat(inlier), torch.cat(outlier)
     mean = inlier.mean(0)
     distances = [(features - mean).norm(dim=1) for features in (inlier, outlier)]
