@@ -916,12 +916,14 @@ def test_outlier_maps():
 
 
 def test_micl_measures_in_the_frozen_start(tiny, tmp_path, monkeypatch):
-    """critic.pt holds what its network's features give, by hand; levels are those of ce.pt's features, first step to last, of
-    images and of latents; the student begins with their linear part."""
+    """critic.pt holds what its network's features give, by hand, of images and of outliers drawn as in training; levels are
+    those of ce.pt's features, first step to last, of images and of latents; the student begins with their linear part."""
     monkeypatch.setitem(train.TIERS["shapes"], "micl", "energy")
     monkeypatch.setattr(models, "autocast", lambda device: contextlib.nullcontext())       # float32, to be compared
-    told, given, begun, ups = [], [], [], []
+    told, given, begun, ups, drawn = [], [], [], [], []
     micl, terms, real, upper = losses.micl_energy, train.loss_terms, train.train, models.ResNet.upper
+    draw = train.outlier_maps
+    monkeypatch.setattr(train, "outlier_maps", lambda *words: drawn.append((len(given), draw(*words))) or drawn[-1][1])
     monkeypatch.setattr(losses, "micl_energy", lambda *tensors: told.append(tensors) or micl(*tensors))
     monkeypatch.setattr(train, "loss_terms", lambda *words: given.append(words) or terms(*words))
     monkeypatch.setattr(train, "train", lambda stage, net, *rest, **more: begun.append(
@@ -942,6 +944,12 @@ def test_micl_measures_in_the_frozen_start(tiny, tmp_path, monkeypatch):
     logits, features = evaluate.outputs(net, images, "shapes", "cpu")
     distance = (features - features.mean(0)).norm(dim=1)
     assert torch.allclose(critic["mean"], features.mean(0), atol=1e-5) and abs(critic["radius"] - distance.mean()) < 1e-5
+    outlying = torch.cat([maps for step, maps in drawn if step == 0])                      # all that was drawn before step 1
+    with torch.no_grad():
+        of_outliers = upper(net, outlying)
+        energy = net.classify(of_outliers).logsumexp(1)
+    c = losses.fit_critic(logits.logsumexp(1), distance, energy, (of_outliers - features.mean(0)).norm(dim=1))
+    assert 300 <= len(outlying) < 300 + train.OUTLIERS and abs(critic["c"] - c) < 1e-3 * abs(c)
 
     # Levels of the first step and of the last: of images through the start, of latents through its upper half.
     level = lambda h: -critic["c"] * ((h - critic["mean"]).norm(dim=1) - critic["radius"])
