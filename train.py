@@ -1,6 +1,6 @@
 """OAL (Outlier Aware Learning), from the images to the table of results. Paper: Gao et al., arXiv 2406.16525.
 
-    python train.py                                                        # embedded images, no download, 2 minutes
+    python train.py                                                        # embedded images, no download, minutes
     python train.py --dataset cifar100 --data-root DIR                     # resnet18, 3 x 100 epochs: a GPU
     python train.py --dataset cifar100 --data-root DIR --arch resnet_small # 8 + 8 + 3 epochs: a laptop
     torchrun --nproc_per_node=N train.py --dataset cifar100 --data-root DIR
