@@ -767,10 +767,11 @@ def tiny(monkeypatch):
     """The embedded images, few of them, and a short diffusion, for whole runs in seconds."""
     monkeypatch.setattr(evaluate, "SHAPES_SIZES", {"train": 300, "val": 60, "test": 80, "held_out": 60, "noise": 40,
                                                    "stripes": 40, "flat": 40, "gradient": 40, "blobs": 40})
-    monkeypatch.setitem(train.TIERS, "shapes", dict(train.TIERS["shapes"], per_class=4, diffusion_steps=10))
+    monkeypatch.setitem(train.TIERS, "shapes", dict(train.TIERS["shapes"], per_class=4, diffusion_steps=10,
+                                                      epochs=dict(ce=2, teacher=2, oal=2)))
 
     def go(out, *words):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--epochs", "2", "--device", "cpu", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--device", "cpu", *map(str, words)])
         train.main()
     return go
 
@@ -833,6 +834,15 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
             tiny(tmp_path / "a", *words)
         assert stop.value.code == 2 and says in capsys.readouterr().err
     assert_same(first, contents(tmp_path / "a"))
+
+
+def test_each_stage_has_epochs_of_its_own(tiny, tmp_path, capsys):
+    """Those of the tier, or for all of them those of the command line."""
+    train.TIERS["shapes"].update(epochs=dict(ce=1, teacher=3, oal=2))                      # tiny restores them
+    for words, expected in (((), (1, 3, 2)), (("--epochs", "1"), (1, 1, 1))):
+        tiny(tmp_path / str(len(words)), *words)
+        said = [line.split(", ")[0] for line in capsys.readouterr().out.splitlines() if ": epoch" in line]
+        assert said == [f"{stage}: epoch {i + 1}/{n}" for stage, n in zip(("ce", "teacher", "oal"), expected) for i in range(n)]
 
 
 def test_switched_off_terms_and_shared_start(tiny, tmp_path):

@@ -2,7 +2,7 @@
 
     python train.py                                                        # embedded images, no download, minutes
     python train.py --dataset cifar100 --data-root DIR                     # resnet18, 3 x 100 epochs: a GPU
-    python train.py --dataset cifar100 --data-root DIR --arch resnet_small # 8 + 8 + 3 epochs: a laptop
+    python train.py --dataset cifar100 --data-root DIR --arch resnet_small # 8 + 16 + 3 epochs: a laptop
     torchrun --nproc_per_node=N train.py --dataset cifar100 --data-root DIR
 
 In the order in which things happen: a cross-entropy network (the baseline, the student's start); its teacher, trained on
@@ -36,16 +36,15 @@ STRETCH = DETAIL = 2.0                                              # latents, t
 WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary": "MICL on boundary outliers",
            "latent": "MICL on latent outliers"}
 W_FEAT = {"maps": 16.0, "released": 8.0}                            # of feature distillation, by its form
-# What the command line leaves open. Epochs of cross-entropy (and of the teacher) and of OAL; OAL's rate, 0.005 as
-# released, which suits 100 epochs; padding of the random crop, 4 on the board, less for a student that sees each image
-# 11 times; outliers per class; steps of the diffusion model; weights, on CIFAR that of logit distillation as released; the
-# forms of feature distillation and of MICL.
+# What the command line leaves open. Epochs of each stage; OAL's rate, 0.005 as released, which suits 100 epochs; padding
+# of the random crop, 4 on the board, less for a student that sees each image 11 times; outliers per class; steps of the
+# diffusion model; weights, on CIFAR that of logit distillation as released; the forms of feature distillation and of MICL.
 TIERS = {
-    "resnet18": dict(epochs=(100, 100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
+    "resnet18": dict(epochs=dict(ce=100, teacher=100, oal=100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
                      w_kd=4.0, w_boundary=0.0, w_latent=2.0, feat="maps", micl="energy"),
-    "resnet_small": dict(epochs=(8, 3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
+    "resnet_small": dict(epochs=dict(ce=8, teacher=16, oal=3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
                          w_kd=4.0, w_boundary=0.0, w_latent=2.0, feat="maps", micl="energy"),
-    "shapes": dict(epochs=(8, 8), oal_lr=0.01, crop=1, per_class=50, diffusion_steps=1000,
+    "shapes": dict(epochs=dict(ce=8, teacher=8, oal=8), oal_lr=0.01, crop=1, per_class=50, diffusion_steps=1000,
                    w_kd=1.0, w_boundary=1.0, w_latent=1.0, feat="released", micl="bound")}
 
 
@@ -224,9 +223,7 @@ def train(stage, net, images, labels, args, weights, teacher=None, outliers=None
     checkpoint.pt after each epoch and starts from it where it holds this stage.
     """
     device, world, rank = args.device, args.world, args.rank
-    recipe, epochs = CE, args.epochs[0]
-    if stage == "oal":
-        recipe, epochs = dict(CE, lr=args.oal_lr), args.epochs[1]
+    recipe, epochs = dict(CE, lr=args.oal_lr) if stage == "oal" else CE, args.epochs[stage]
     g = generator(args.seed, stage)
     net.to(device, memory_format=torch.channels_last).train()
     with torch.random.fork_rng(devices=[]):
@@ -341,7 +338,7 @@ def benchmark(args, images, labels, teacher):
     of its bare parts, measured beside it: 1.0 is a step with no overhead.
     """
     n, repeats = min(10, len(images) // BATCH) * BATCH, 3
-    args = argparse.Namespace(**{**vars(args), "epochs": (1, 1)})
+    args = argparse.Namespace(**{**vars(args), "epochs": dict(ce=1, teacher=1, oal=1)})
     images, labels = images[:n].to(args.device), labels[:n].to(args.device)
     net, start = (build(args.arch, evaluate.CLASSES[args.dataset], args.seed) for _ in range(2))
     teacher = teacher or build(args.arch, evaluate.CLASSES[args.dataset], args.seed)
@@ -448,7 +445,7 @@ def parse_args():
     own = [name for name in WEIGHTS if getattr(args, f"w_{name}") is not None]
     if args.peer and (own or args.benchmark or args.feat or args.micl or args.outliers != "diffusion"):
         evaluate.fail("--peer is another objective than OAL's: leave out --w-*, --feat, --micl, --outliers and --benchmark")
-    args.epochs = (args.epochs, args.epochs) if args.epochs else None
+    args.epochs = dict(ce=args.epochs, teacher=args.epochs, oal=args.epochs) if args.epochs else None
     tier = TIERS["shapes" if args.dataset == "shapes" and args.arch == "resnet_small" else args.arch]
     args.micl, args.feat = args.micl or tier["micl"], args.feat or tier["feat"]
     if args.micl == "energy" and args.w_boundary:
@@ -514,7 +511,7 @@ def main():
         save_network(ce, args, "ce.pt")
     load_weights(ce, args, "ce.pt")
 
-    # 2. The teacher: what a second cycle of the same schedule, on the same images, makes of that network.
+    # 2. The teacher: what a second cycle of the same recipe, on the same images, makes of that network.
     weights = weights_of(args)
     if weights.keys() & {"kd", "feat"} and not teacher:
         teacher = models.build(args.arch, classes)
