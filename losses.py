@@ -1,7 +1,7 @@
 """The terms of OAL's objective, and those of two peers. Each can be copied out alone: nothing here imports the project.
 
     released: cross-entropy + 4 KD(logits) + 8 KD(features) + 0.1 MICL(boundary outliers) + 0.2 MICL(latent outliers)
-    here:     cross-entropy + 4 KD(logits) + 16 KD(feature maps) + 2 MICL(latent outliers), but for the embedded images
+    here:     cross-entropy + 4 KD(logits) + 16 KD(feature maps) + 1 MICL(latent outliers), but for the embedded images
 
 `distill_logits` and `distill_features` are those of the released code (openood/trainers/generative_ood_distill_trainer.py);
 `distill_maps` is what a teacher that has grown from the student's start allows: its units are the student's.
@@ -131,8 +131,9 @@ def micl_energy(id_logits, outlier_logits, id_levels, outlier_levels):
     'ID or outlier?', so that the detector needs nothing but logits.
 
     The mean of an image's logits is open: cross-entropy and distilled logits do not hear it, the energy does. It is
-    regressed (smooth L1, in energy units) on the critic's level, which is measured in a frozen network, the student's
-    start, whose own mean logit is about 0: measured in the student it would be met by making the distance say nothing.
+    regressed (smooth L1, in energy units) on the critic's level. Half of the level is measured in a frozen network, the
+    student's start, whose own mean logit is about 0: measured in the student alone it would be met by making the distance
+    say nothing. Half is measured in the student, whose features the teacher has taught: their distances tell more.
 
     id_logits [B, C], outlier_logits [M, C], levels [B] and [M] of the same images and latents (`level`) -> scalar; 0
     where all means are the levels. `fit_critic` is the contrast: it decides how far outliers sink.

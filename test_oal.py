@@ -925,9 +925,10 @@ def test_outlier_maps():
     assert train.outlier_maps(maps, other, args, rng(2)).equal(drawn())                    # noise knows no latents
 
 
-def test_micl_measures_in_the_frozen_start(tiny, tmp_path, monkeypatch):
+def test_micl_measures_in_the_frozen_start_and_in_the_student(tiny, tmp_path, monkeypatch):
     """critic.pt holds what its network's features give, by hand, of images and of outliers drawn as in training; levels are
-    those of ce.pt's features, first step to last, of images and of latents; the student begins with their linear part."""
+    half those of ce.pt's features, half those of the student's own about the teacher's mean, first step to last, of images
+    and of latents; the student begins with the linear part of the start's."""
     monkeypatch.setitem(train.TIERS["shapes"], "micl", "energy")
     monkeypatch.setattr(models, "autocast", lambda device: contextlib.nullcontext())       # float32, to be compared
     told, given, begun, ups, drawn = [], [], [], [], []
@@ -938,12 +939,17 @@ def test_micl_measures_in_the_frozen_start(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "loss_terms", lambda *words: given.append(words) or terms(*words))
     monkeypatch.setattr(train, "train", lambda stage, net, *rest, **more: begun.append(
         {name: value.clone() for name, value in net.state_dict().items()}) or real(stage, net, *rest, **more))
-    monkeypatch.setattr(models.ResNet, "upper", lambda net, maps, **more: ups.append((len(given), net, maps.detach().clone()))
-                        or upper(net, maps, **more))
+
+    def spy(net, maps, **more):
+        found = upper(net, maps, **more)
+        ups.append((len(given), net, maps.detach().clone(), (found[0] if more else found).detach().clone()))
+        return found
+
+    monkeypatch.setattr(models.ResNet, "upper", spy)
     for seed, name in ((1, "net"), (2, "teacher")):
         torch.save(train.build("resnet_small", 8, seed).state_dict(), tmp_path / f"{name}.pt")
     run = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "teacher.pt"
-    tiny(tmp_path / "a", *run)
+    tiny(tmp_path / "a", *run, "--feat", "maps")
     start, critic = (torch.load(tmp_path / "a" / f"{name}.pt", weights_only=True) for name in ("ce", "critic"))
     frozen = given[-1][8]
     assert all(frozen.state_dict()[name].equal(start[name]) for name in start)             # after the last step too
@@ -961,28 +967,30 @@ def test_micl_measures_in_the_frozen_start(tiny, tmp_path, monkeypatch):
     c = losses.fit_critic(logits.logsumexp(1), distance, energy, (of_outliers - features.mean(0)).norm(dim=1))
     assert 300 <= len(outlying) < 300 + train.OUTLIERS and abs(critic["c"] - c) < 1e-3 * abs(c)
 
-    # Levels of the first step and of the last: of images through the start, of latents through its upper half.
+    # Levels of the first step and of the last: of images through the start, of latents through its upper half, and of both
+    # by the student's features of that step.
     level = lambda h: -critic["c"] * ((h - critic["mean"]).norm(dim=1) - critic["radius"])
     for step in (0, len(given) - 1):
-        x = given[step][2]
-        _, latents = [maps for i, owner, maps in ups if i == step + 1 and owner is frozen][:2]
+        student, x = given[step][0], given[step][2]
+        latents, = [maps for i, owner, maps, _ in ups if i == step + 1 and owner is frozen and len(maps) == train.OUTLIERS]
+        own = next(found for i, owner, _, found in ups if i == step + 1 and owner is student)
         with torch.no_grad():
-            expected = level(upper(net, net.lower(evaluate.normalize(x, "shapes"))))
-            of_latents = level(upper(net, latents))
-        _, outlier_logits, id_levels, outlier_levels = told[step]
-        close = dict(rtol=0, atol=0.01 * expected.std().item())
-        assert torch.allclose(id_levels, expected, **close) and torch.allclose(outlier_levels, of_latents, **close)
+            of_start = level(torch.cat([upper(net, net.lower(evaluate.normalize(x, "shapes"))), upper(net, latents)]))
+        expected = (of_start - critic["c"] * ((own - critic["own_mean"]).norm(dim=1) - critic["own_radius"])) / 2
+        _, outlier_logits, *levels = told[step]
+        id_levels, outlier_levels = levels
+        assert torch.allclose(torch.cat(levels), expected, rtol=0, atol=0.01 * expected.std().item())
         assert len(outlier_logits) == len(outlier_levels) == train.OUTLIERS
         assert not id_levels.requires_grad and not outlier_levels.requires_grad
     assert len(told) == len(given) > 2 and all(critic[name].equal(given[-1][9][name]) for name in critic)
 
     # Where the student begins: probabilities of the start, mean logits near the levels.
-    student, = begun
-    shift = student["fc.weight"] - start["fc.weight"]
+    begin, = begun
+    shift = begin["fc.weight"] - start["fc.weight"]
     assert torch.allclose(shift, critic["u"].expand_as(shift), atol=1e-6) and shift.abs().max() > 1e-4
-    assert torch.allclose(student["fc.bias"] - start["fc.bias"], critic["offset"].expand(8), atol=1e-6)
-    assert all(student[name].equal(start[name]) for name in start if not name.startswith("fc."))
-    wanted, mean_logit = level(features), F.linear(features, student["fc.weight"], student["fc.bias"]).mean(1)
+    assert torch.allclose(begin["fc.bias"] - start["fc.bias"], critic["offset"].expand(8), atol=1e-6)
+    assert all(begin[name].equal(start[name]) for name in start if not name.startswith("fc."))
+    wanted, mean_logit = level(features), F.linear(features, begin["fc.weight"], begin["fc.bias"]).mean(1)
     assert (mean_logit - wanted).square().mean() < 0.5 * (logits.mean(1) - wanted).square().mean()
 
     # The plain bound, and MICL switched off, have no critic and begin as the start is.
@@ -990,6 +998,14 @@ def test_micl_measures_in_the_frozen_start(tiny, tmp_path, monkeypatch):
         tiny(tmp_path / str(i), *run, *words)
         assert not (tmp_path / str(i) / "critic.pt").exists()
         assert all(begun[-1][name].equal(start[name]) for name in start)
+
+    # The student measures about the mean of the features that it is taught, without the teacher's maps of its start's.
+    tiny(tmp_path / "b", *run, "--feat", "released")
+    taught = evaluate.outputs(evaluate.load_network(tmp_path / "teacher.pt", 8), images, "shapes", "cpu")[1]
+    for name, expected in (("a", taught), ("b", features)):
+        found = torch.load(tmp_path / name / "critic.pt", weights_only=True)
+        assert torch.allclose(found["own_mean"], expected.mean(0), atol=1e-5)
+        assert abs(found["own_radius"] - (expected - expected.mean(0)).norm(dim=1).mean()) < 1e-4
 
 
 def test_torchrun(tmp_path):

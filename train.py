@@ -41,9 +41,9 @@ W_FEAT = {"maps": 16.0, "released": 8.0}                            # of feature
 # diffusion model; weights, on CIFAR that of logit distillation as released; the forms of feature distillation and of MICL.
 TIERS = {
     "resnet18": dict(epochs=dict(ce=100, teacher=100, oal=100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
-                     w_kd=4.0, w_boundary=0.0, w_latent=2.0, feat="maps", micl="energy"),
+                     w_kd=4.0, w_boundary=0.0, w_latent=1.0, feat="maps", micl="energy"),
     "resnet_small": dict(epochs=dict(ce=8, teacher=16, oal=3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
-                         w_kd=4.0, w_boundary=0.0, w_latent=2.0, feat="maps", micl="energy"),
+                         w_kd=4.0, w_boundary=0.0, w_latent=1.0, feat="maps", micl="energy"),
     "shapes": dict(epochs=dict(ce=8, teacher=8, oal=8), oal_lr=0.01, crop=1, per_class=50, diffusion_steps=1000,
                    w_kd=1.0, w_boundary=1.0, w_latent=1.0, feat="released", micl="bound")}
 
@@ -109,11 +109,12 @@ def outlier_maps(maps, outliers, args, g, mine=slice(None)):
 
 
 @torch.no_grad()
-def make_critic(start, images, outliers, args):
+def make_critic(start, taught, images, outliers, args):
     """MICL's critic of the frozen network `start` -> its numbers, a dict of plain tensors on the CPU.
 
-    mean [D], radius [] and c [] are those of losses.level; u [D] and offset [] of losses.open_direction. From up to 10,000
-    training images and about as many outliers, drawn as in training.
+    mean [D], radius [] and c [] are those of losses.level; u [D] and offset [] of losses.open_direction; own_mean [D] and
+    own_radius [] are mean and radius where the student measures, of the network whose features it is `taught`. From up to
+    10,000 training images and about as many outliers, drawn as in training.
     """
     g = generator(args.seed, "critic")
     some = images[torch.randperm(len(images), generator=g)[:10000].to(images.device)]
@@ -134,7 +135,10 @@ def make_critic(start, images, outliers, args):
     print(f"oal: {args.outliers} outliers, the critic weighs the distance to the mean feature by {c:.2f}", flush=True)
     levels = losses.level(features, mean, radius, c) - start.classify(features).mean(1)
     u, offset = losses.open_direction(features, levels)
-    found = {"mean": mean, "radius": radius, "c": torch.tensor(c), "u": u, "offset": offset}
+    own = torch.cat([features for _, features in synthesize.stage2(taught, some, args.dataset, args.device)])
+    own_radius = (own - own.mean(0)).norm(dim=1).mean()
+    found = {"mean": mean, "radius": radius, "c": torch.tensor(c), "u": u, "offset": offset, "own_mean": own.mean(0),
+             "own_radius": own_radius}
     return {name: tensor.float().cpu() for name, tensor in found.items()}
 
 
@@ -161,9 +165,12 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
                 teacher_features, teacher_later = teacher.upper(teacher_maps, return_maps=True)
                 teacher_logits = teacher.classify(teacher_features)
             if critic:
+                # Half by the frozen start, which the student cannot bend, half by the student, whose distances tell more.
                 # Of the outliers the maps are the student's, so that both networks see the same ones.
                 of_start = torch.cat([start.upper(start.lower(x)), start.upper(maps[len(x):])])       # [B + 32, D]
-                levels = losses.level(of_start, critic["mean"], critic["radius"], critic["c"])        # [B + 32]
+                frozen = losses.level(of_start, critic["mean"], critic["radius"], critic["c"])        # [B + 32]
+                own = losses.level(features, critic["own_mean"], critic["own_radius"], critic["c"])
+                levels = (frozen + own) / 2
     h, logits, outlier_logits = features[:len(x)], net.fc(features[:len(x)]), net.fc(features[len(x):])
 
     terms = {}
@@ -351,7 +358,7 @@ def benchmark(args, images, labels, teacher):
     weights = weights_of(args)
     critic = None
     if sends_outliers(args, weights) and args.micl == "energy":
-        critic = make_critic(start, images, {name: tensor.to(args.device) for name, tensor in outliers.items()}, args)
+        critic = make_critic(start, start, images, {name: tensor.to(args.device) for name, tensor in outliers.items()}, args)
     optimizer = torch.optim.SGD(net.parameters(), **CE)
     x = evaluate.normalize(images[:BATCH], args.dataset)
     with torch.no_grad():
@@ -545,7 +552,8 @@ def main():
         if sends_outliers(args, weights) and args.micl == "energy":
             if not (args.out / "critic.pt").exists():
                 begun = time.perf_counter()
-                save(make_critic(ce, images, outliers, args), args, "critic.pt")
+                taught = teacher if "feat" in weights and args.feat == "maps" else ce
+                save(make_critic(ce, taught, images, outliers, args), args, "critic.pt")
                 args.seconds["oal"] += time.perf_counter() - begun
             critic = torch.load(args.out / "critic.pt", weights_only=True)
             with torch.no_grad():
