@@ -107,6 +107,18 @@ def fit_critic(id_energy, id_distance, outlier_energy, outlier_distance):
     return (c / spread).item()
 
 
+def whitening(points, ridge=0.1):
+    """Points [N, P] -> the matrix [P, P] after which their units have variance 1 and, but for the ridge, no correlation.
+
+    Lengths after it are Mahalanobis distances, of units over their standard deviation first.
+    """
+    points = points - points.mean(0)
+    std = points.std(0)
+    std = std.clamp_min(max(0.01 * std.mean().item(), 1e-6))                             # [P], where a unit never fires
+    values, vectors = torch.linalg.eigh(torch.cov((points / std).T) + ridge * torch.eye(len(std), device=std.device))
+    return vectors / values.sqrt() / std[:, None]
+
+
 def level(features, mean, radius, c):
     """What the critic adds to the energy: -c (|h - mean| - radius), features [B, D], mean [D] -> [B]."""
     return -c * ((features - mean).norm(dim=1) - radius)

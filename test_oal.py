@@ -489,6 +489,20 @@ def test_fit_critic_finds_the_density_ratio_of_gaussians():
     assert abs(losses.fit_critic(zeros, 10 * inlier, zeros[:50000], 10 * outlier) - 0.2) < 0.005
 
 
+def test_whitening_by_hand():
+    """Without a ridge uncorrelated units of variance 1, with it the Mahalanobis distance by the inverse; dead units stay finite."""
+    points = torch.randn(500, 6, generator=rng(), dtype=torch.float64) @ torch.randn(6, 6, generator=rng(1), dtype=torch.float64) + 3
+    assert torch.allclose(torch.cov((points @ losses.whitening(points, ridge=0)).T), torch.eye(6).double(), atol=1e-6)
+    x = (points - points.mean(0)) / points.std(0)
+    inverse = torch.linalg.inv(torch.corrcoef(points.T) + 0.1 * torch.eye(6))
+    found = ((points - points.mean(0)) @ losses.whitening(points)).norm(dim=1)
+    assert torch.allclose(found, (x @ inverse * x).sum(1).sqrt(), rtol=1e-6)
+    assert torch.allclose(((points - points.mean(0)) * 7 @ losses.whitening(points * 7)).norm(dim=1), found, rtol=1e-6)
+    dead = torch.cat([points, torch.ones(500, 1)], dim=1)
+    fires = torch.eye(7).double()[6] * 0.01 * points.std(0).mean()                          # a hundredth of the others' spread
+    assert (fires @ losses.whitening(dead)).norm() < 6
+
+
 def test_level_by_hand():
     found = losses.level(torch.tensor([[4.0, 6.0], [1.0, 2.0]]), torch.tensor([1.0, 2.0]), 2.0, 0.5)
     assert found.tolist() == [-1.5, 1.0]                                             # -0.5 (5 - 2), -0.5 (0 - 2)
@@ -955,28 +969,37 @@ def test_micl_measures_in_the_frozen_start_and_in_the_student(tiny, tmp_path, mo
     assert all(frozen.state_dict()[name].equal(start[name]) for name in start)             # after the last step too
     net = evaluate.load_network(tmp_path / "a" / "ce.pt", 8)
 
-    # The critic's numbers, from all 300 images: fewer than 10,000.
+    # The critic's numbers, from all 300 images: fewer than 10,000. Features and, pooled, the maps of stage 3.
+    def seen(maps):
+        with torch.no_grad():
+            found, (third, _) = upper(net, maps, return_maps=True)
+        return torch.cat([found, third.mean((2, 3))], dim=1)
+
     images = evaluate.load("shapes", "train")[0]
     logits, features = evaluate.outputs(net, images, "shapes", "cpu")
-    distance = (features - features.mean(0)).norm(dim=1)
-    assert torch.allclose(critic["mean"], features.mean(0), atol=1e-5) and abs(critic["radius"] - distance.mean()) < 1e-5
     outlying = torch.cat([maps for step, maps in drawn if step == 0])                      # all that was drawn before step 1
     with torch.no_grad():
-        of_outliers = upper(net, outlying)
-        energy = net.classify(of_outliers).logsumexp(1)
-    c = losses.fit_critic(logits.logsumexp(1), distance, energy, (of_outliers - features.mean(0)).norm(dim=1))
-    assert 300 <= len(outlying) < 300 + train.OUTLIERS and abs(critic["c"] - c) < 1e-3 * abs(c)
+        inlier, outlier = seen(net.lower(evaluate.normalize(images, "shapes"))), seen(outlying)
+    d, energy = 256, net.classify(outlier[:, :256]).logsumexp(1).detach()
+    whiten = losses.whitening(inlier)
+    far = lambda points: ((points - inlier.mean(0)) @ whiten).norm(dim=1)
+    near = lambda points: (points - features.mean(0)).norm(dim=1)
+    c, radius = losses.fit_critic(logits.logsumexp(1), far(inlier), energy, far(outlier)), far(inlier).mean()
+    own_c = losses.fit_critic(logits.logsumexp(1), near(features), energy, near(outlier[:, :d]))
+    assert 300 <= len(outlying) < 300 + train.OUTLIERS and inlier.shape == (300, d + 128)
+    assert abs(critic["c"] - c) < 1e-3 * abs(c) and abs(critic["own_c"] - own_c) < 1e-3 * abs(own_c) and abs(c - own_c) > 0.01
+    assert abs(critic["radius"] - radius) < 1e-3 * radius
 
     # Levels of the first step and of the last: of images through the start, of latents through its upper half, and of both
     # by the student's features of that step.
-    level = lambda h: -critic["c"] * ((h - critic["mean"]).norm(dim=1) - critic["radius"])
+    level = lambda points: -critic["c"] * (far(points) - radius)
     for step in (0, len(given) - 1):
         student, x = given[step][0], given[step][2]
         latents, = [maps for i, owner, maps, _ in ups if i == step + 1 and owner is frozen and len(maps) == train.OUTLIERS]
         own = next(found for i, owner, _, found in ups if i == step + 1 and owner is student)
         with torch.no_grad():
-            of_start = level(torch.cat([upper(net, net.lower(evaluate.normalize(x, "shapes"))), upper(net, latents)]))
-        expected = (of_start - critic["c"] * ((own - critic["own_mean"]).norm(dim=1) - critic["own_radius"])) / 2
+            of_start = level(torch.cat([seen(net.lower(evaluate.normalize(x, "shapes"))), seen(latents)]))
+        expected = (of_start - critic["own_c"] * ((own - critic["own_mean"]).norm(dim=1) - critic["own_radius"])) / 2
         _, outlier_logits, *levels = told[step]
         id_levels, outlier_levels = levels
         assert torch.allclose(torch.cat(levels), expected, rtol=0, atol=0.01 * expected.std().item())
@@ -990,8 +1013,9 @@ def test_micl_measures_in_the_frozen_start_and_in_the_student(tiny, tmp_path, mo
     assert torch.allclose(shift, critic["u"].expand_as(shift), atol=1e-6) and shift.abs().max() > 1e-4
     assert torch.allclose(begin["fc.bias"] - start["fc.bias"], critic["offset"].expand(8), atol=1e-6)
     assert all(begin[name].equal(start[name]) for name in start if not name.startswith("fc."))
-    wanted, mean_logit = level(features), F.linear(features, begin["fc.weight"], begin["fc.bias"]).mean(1)
-    assert (mean_logit - wanted).square().mean() < 0.5 * (logits.mean(1) - wanted).square().mean()
+    both = torch.cat([inlier, outlier])
+    missed = lambda state: (F.linear(both[:, :d], state["fc.weight"], state["fc.bias"]).mean(1) - level(both)).square().mean()
+    assert missed(begin) < 0.5 * missed(start)
 
     # The plain bound, and MICL switched off, have no critic and begin as the start is.
     for i, words in enumerate((("--micl", "bound"), ("--w-latent", 0))):

@@ -108,37 +108,48 @@ def outlier_maps(maps, outliers, args, g, mine=slice(None)):
     return synthesize.transplant(stretch * outliers["latent"][codes], hosts, outliers, detail[:, :, None, None])
 
 
+def describe(net, maps):
+    """Stage-2 maps -> what MICL's critic sees of them in a frozen network: features and pooled stage-3 map [B, D + D/2]."""
+    features, (third, _) = net.upper(maps, return_maps=True)
+    return torch.cat([features, third.float().mean((2, 3))], dim=1)
+
+
 @torch.no_grad()
 def make_critic(start, taught, images, outliers, args):
     """MICL's critic of the frozen network `start` -> its numbers, a dict of plain tensors on the CPU.
 
-    mean [D], radius [] and c [] are those of losses.level; u [D] and offset [] of losses.open_direction; own_mean [D] and
-    own_radius [] are mean and radius where the student measures, of the network whose features it is `taught`. From up to
-    10,000 training images and about as many outliers, drawn as in training.
+    whiten [P, P] of losses.whitening, mean [P], radius [] and c [] of losses.level are for what `describe` sees, P = D + D/2.
+    own_mean [D], own_radius [] and own_c [] are for the student's features: about the mean of the network whose features
+    it is `taught`, c as for the start's features. u [D] and offset [] are those of losses.open_direction. From up to 10,000
+    training images and about as many outliers, drawn as in training.
     """
     g = generator(args.seed, "critic")
     some = images[torch.randperm(len(images), generator=g)[:10000].to(images.device)]
     inlier, outlier = [], []
-    for maps, features in synthesize.stage2(start, some, args.dataset, args.device):
-        inlier.append(features)                                                                       # [500, D]
+    for maps, _ in synthesize.stage2(start, some, args.dataset, args.device):
         with models.autocast(args.device):
+            inlier.append(describe(start, maps))                                                      # [500, P]
             for part in maps.split(OUTLIERS):
-                outlier.append(start.upper(outlier_maps(part, outliers, args, g)))                    # [32, D]
+                outlier.append(describe(start, outlier_maps(part, outliers, args, g)))                # [32, P]
     inlier, outlier = torch.cat(inlier), torch.cat(outlier)
-    mean = inlier.mean(0)
-    distances = [(features - mean).norm(dim=1) for features in (inlier, outlier)]
-    energies = [start.classify(features).logsumexp(1) for features in (inlier, outlier)]
-    c = losses.fit_critic(energies[0], distances[0], energies[1], distances[1])
-    if not math.isfinite(c):
+    d, mean, whiten = start.fc.in_features, inlier.mean(0), losses.whitening(inlier)
+    energies = [start.classify(seen[:, :d]).logsumexp(1) for seen in (inlier, outlier)]
+
+    def weight(of_inlier, of_outlier):
+        distances = [(of - of_inlier.mean(0)).norm(dim=1) for of in (of_inlier, of_outlier)]
+        return losses.fit_critic(energies[0], distances[0], energies[1], distances[1]), distances[0].mean()
+
+    (c, radius), (own_c, _) = weight(inlier @ whiten, outlier @ whiten), weight(inlier[:, :d], outlier[:, :d])
+    if not (math.isfinite(c) and math.isfinite(own_c)):
         evaluate.fail(f"MICL's critic of {args.out / 'ce.pt'} is not finite: its features are all alike; train it longer")
-    radius, features = distances[0].mean(), torch.cat([inlier, outlier])
-    print(f"oal: {args.outliers} outliers, the critic weighs the distance to the mean feature by {c:.2f}", flush=True)
-    levels = losses.level(features, mean, radius, c) - start.classify(features).mean(1)
-    u, offset = losses.open_direction(features, levels)
-    own = torch.cat([features for _, features in synthesize.stage2(taught, some, args.dataset, args.device)])
-    own_radius = (own - own.mean(0)).norm(dim=1).mean()
-    found = {"mean": mean, "radius": radius, "c": torch.tensor(c), "u": u, "offset": offset, "own_mean": own.mean(0),
-             "own_radius": own_radius}
+    print(f"oal: {args.outliers} outliers, the critic weighs distances in the start by {c:.2f}, in the student by {own_c:.2f}",
+          flush=True)
+    seen, own = torch.cat([inlier, outlier]), torch.cat(
+        [features for _, features in synthesize.stage2(taught, some, args.dataset, args.device)])
+    levels = losses.level(seen @ whiten, mean @ whiten, radius, c) - start.classify(seen[:, :d]).mean(1)
+    u, offset = losses.open_direction(seen[:, :d], levels)
+    found = {"whiten": whiten, "mean": mean @ whiten, "radius": radius, "c": torch.tensor(c), "u": u, "offset": offset,
+             "own_mean": own.mean(0), "own_radius": (own - own.mean(0)).norm(dim=1).mean(), "own_c": torch.tensor(own_c)}
     return {name: tensor.float().cpu() for name, tensor in found.items()}
 
 
@@ -164,13 +175,8 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
                 teacher_maps = teacher.lower(x)
                 teacher_features, teacher_later = teacher.upper(teacher_maps, return_maps=True)
                 teacher_logits = teacher.classify(teacher_features)
-            if critic:
-                # Half by the frozen start, which the student cannot bend, half by the student, whose distances tell more.
-                # Of the outliers the maps are the student's, so that both networks see the same ones.
-                of_start = torch.cat([start.upper(start.lower(x)), start.upper(maps[len(x):])])       # [B + 32, D]
-                frozen = losses.level(of_start, critic["mean"], critic["radius"], critic["c"])        # [B + 32]
-                own = losses.level(features, critic["own_mean"], critic["own_radius"], critic["c"])
-                levels = (frozen + own) / 2
+            if critic:  # of the outliers the maps are the student's, so that both networks see the same ones
+                seen = torch.cat([describe(start, start.lower(x)), describe(start, maps[len(x):])])   # [B + 32, P]
     h, logits, outlier_logits = features[:len(x)], net.fc(features[:len(x)]), net.fc(features[len(x):])
 
     terms = {}
@@ -185,6 +191,10 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
     elif "feat" in weights:
         terms["feat"] = losses.distill_features(h, heads["projection"](teacher_features))
     if critic:
+        # Half by the frozen start, which the student cannot bend, half by the student, whose distances tell more.
+        frozen = losses.level(seen @ critic["whiten"], critic["mean"], critic["radius"], critic["c"])  # [B + 32]
+        own = losses.level(features.detach(), critic["own_mean"], critic["own_radius"], critic["own_c"])
+        levels = (frozen + own) / 2
         terms["latent"] = losses.micl_energy(logits, outlier_logits, levels[:len(x)], levels[len(x):])
     elif through:
         terms["latent"] = losses.micl_bound(logits, outlier_logits)
