@@ -80,8 +80,8 @@ def fit_critic(id_energy, id_distance, outlier_energy, outlier_distance):
     """The critic of the mended MICL -> the weight c of the distance, a float.
 
     With Z = 1 for ID features and 0 for outliers, equally likely, I(h; Z) >= log 2 + E log q(Z|h) for any q (Barber &
-    Agakov 2003). Here q(Z = 1|h) = sigmoid(E(h) - c |h - mu| - t): E is the energy score log sum exp(logits), mu the mean
-    ID feature. Both grow with a feature's length, but outliers lie farther from mu than their energy lets expect. c and t
+    Agakov 2003). Here q(Z = 1|h) = sigmoid(E(h) - c d(h) - t): E is the energy score log sum exp(logits), d the distance
+    from the mean ID feature. Both grow with a feature's length, but outliers lie farther than their energy lets expect. c and t
     are where the bound is largest. Two numbers, because more would learn by heart what these outliers look like: with
     one per unit of the feature the bound is larger and real OOD images are told worse.
 
@@ -139,7 +139,7 @@ def open_direction(features, levels, ridge=1e-3):
 
 
 def micl_energy(id_logits, outlier_logits, id_levels, outlier_levels):
-    """MICL mended: the student's own energy becomes the critic E - c |h - mu| of the information between a feature and
+    """MICL mended: the student's own energy becomes the critic E - c d of the information between a feature and
     'ID or outlier?', so that the detector needs nothing but logits.
 
     The mean of an image's logits is open: cross-entropy and distilled logits do not hear it, the energy does. It is
