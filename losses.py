@@ -81,8 +81,8 @@ def fit_critic(id_energy, id_distance, outlier_energy, outlier_distance):
 
     With Z = 1 for ID features and 0 for outliers, equally likely, I(h; Z) >= log 2 + E log q(Z|h) for any q (Barber &
     Agakov 2003). Here q(Z = 1|h) = sigmoid(E(h) - c d(h) - t): E is the energy score log sum exp(logits), d the distance
-    from the mean ID feature. Both grow with a feature's length, but outliers lie farther than their energy lets expect. c and t
-    are where the bound is largest. Two numbers, because more would learn by heart what these outliers look like: with
+    from the mean ID feature. Both grow with a feature's length, but outliers lie farther than their energy lets expect. c
+    and t are where the bound is largest. Two numbers, because more would learn by heart what these outliers look like: with
     one per unit of the feature the bound is larger and real OOD images are told worse.
 
     Energies and distances of ID images [N] and of outliers [M]. Where a threshold tells all of them apart the bound has no

@@ -984,8 +984,8 @@ def test_micl_measures_in_the_frozen_start_and_in_the_student(tiny, tmp_path, mo
     whiten = losses.whitening(inlier)
     far = lambda points: ((points - inlier.mean(0)) @ whiten).norm(dim=1)
     near = lambda points: (points - features.mean(0)).norm(dim=1)
-    c, radius = losses.fit_critic(logits.logsumexp(1), far(inlier), energy, far(outlier)), far(inlier).mean()
-    own_c = losses.fit_critic(logits.logsumexp(1), near(features), energy, near(outlier[:, :d]))
+    c, radius = train.CAUTION * losses.fit_critic(logits.logsumexp(1), far(inlier), energy, far(outlier)), far(inlier).mean()
+    own_c = train.CAUTION * losses.fit_critic(logits.logsumexp(1), near(features), energy, near(outlier[:, :d]))
     assert 300 <= len(outlying) < 300 + train.OUTLIERS and inlier.shape == (300, d + 128)
     assert abs(critic["c"] - c) < 1e-3 * abs(c) and abs(critic["own_c"] - own_c) < 1e-3 * abs(own_c) and abs(c - own_c) > 0.01
     assert abs(critic["radius"] - radius) < 1e-3 * radius

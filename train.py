@@ -33,6 +33,7 @@ LR_PROJECTION, LR_Q = 0.01, 1e-4                                    # of the hea
 OUTLIERS = 32                                                       # latents that join each batch of ID images
 LENGTHS = (0.5, 2.5)                                                # of boundary outliers, in mean lengths of ID features
 STRETCH = DETAIL = 2.0                                              # latents, their hosts' detail: times 0 to this
+CAUTION = 0.8                                                       # share of the critic's c that is asked of the student
 WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary": "MICL on boundary outliers",
            "latent": "MICL on latent outliers"}
 W_FEAT = {"maps": 16.0, "released": 8.0}                            # of feature distillation, by its form
@@ -137,7 +138,7 @@ def make_critic(start, taught, images, outliers, args):
 
     def weight(of_inlier, of_outlier):
         distances = [(of - of_inlier.mean(0)).norm(dim=1) for of in (of_inlier, of_outlier)]
-        return losses.fit_critic(energies[0], distances[0], energies[1], distances[1]), distances[0].mean()
+        return CAUTION * losses.fit_critic(energies[0], distances[0], energies[1], distances[1]), distances[0].mean()
 
     (c, radius), (own_c, _) = weight(inlier @ whiten, outlier @ whiten), weight(inlier[:, :d], outlier[:, :d])
     if not (math.isfinite(c) and math.isfinite(own_c)):
