@@ -108,19 +108,20 @@ def fit_critic(id_energy, id_distance, outlier_energy, outlier_distance):
 
 
 def whitening(points, ridge=0.1):
-    """Points [N, P] -> the matrix [P, P] after which their units have variance 1 and, but for the ridge, no correlation.
+    """Points [N, P] -> the matrix [P, P] after which their covariance is, but for the ridge, the identity.
 
-    Lengths after it are Mahalanobis distances, of units over their standard deviation first.
+    Each unit is divided by its standard deviation, or by a hundredth of their mean where it hardly ever fires; `ridge` is
+    added to the variances of 1 that this leaves. Differences of points have Mahalanobis lengths after it.
     """
     points = points - points.mean(0)
     std = points.std(0)
-    std = std.clamp_min(max(0.01 * std.mean().item(), 1e-6))                             # [P], where a unit never fires
-    values, vectors = torch.linalg.eigh(torch.cov((points / std).T) + ridge * torch.eye(len(std), device=std.device))
-    return vectors / values.sqrt() / std[:, None]
+    std = std.clamp_min(max(0.01 * std.mean().item(), 1e-6))                             # [P]
+    values, vectors = torch.linalg.eigh(torch.cov((points / std).T).cpu() + ridge * torch.eye(len(std)))
+    return (vectors / values.sqrt()).to(std) / std[:, None]
 
 
 def level(features, mean, radius, c):
-    """What the critic adds to the energy: -c (|h - mean| - radius), features [B, D], mean [D] -> [B]."""
+    """What the critic adds to the energy: -c (|h - mean| - radius), features [B, D], whitened or not, mean [D] -> [B]."""
     return -c * ((features - mean).norm(dim=1) - radius)
 
 
@@ -144,8 +145,8 @@ def micl_energy(id_logits, outlier_logits, id_levels, outlier_levels):
 
     The mean of an image's logits is open: cross-entropy and distilled logits do not hear it, the energy does. It is
     regressed (smooth L1, in energy units) on the critic's level. Half of the level is measured in a frozen network, the
-    student's start, whose own mean logit is about 0: measured in the student alone it would be met by making the distance
-    say nothing. Half is measured in the student, whose features the teacher has taught: their distances tell more.
+    student's start, whose own mean logit is about 0: measured in the student alone it can be met by bending the distance.
+    Half is measured in the student, whose features the teacher has taught: their distances tell more.
 
     id_logits [B, C], outlier_logits [M, C], levels [B] and [M] of the same images and latents (`level`) -> scalar; 0
     where all means are the levels. `fit_critic` is the contrast: it decides how far outliers sink.

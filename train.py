@@ -119,10 +119,10 @@ def describe(net, maps):
 def make_critic(start, taught, images, outliers, args):
     """MICL's critic of the frozen network `start` -> its numbers, a dict of plain tensors on the CPU.
 
-    whiten [P, P] of losses.whitening, mean [P], radius [] and c [] of losses.level are for what `describe` sees, P = D + D/2.
-    own_mean [D], own_radius [] and own_c [] are for the student's features: about the mean of the network whose features
-    it is `taught`, c as for the start's features. u [D] and offset [] are those of losses.open_direction. From up to 10,000
-    training images and about as many outliers, drawn as in training.
+    whiten [P, P] of losses.whitening, and mean [P] after it, radius [] and c [] of losses.level, are for what `describe`
+    gives, P = D + D/2. own_mean [D], own_radius [] and own_c [] are for the student's features: mean and radius those of the
+    network whose features it is `taught`, c fitted to the start's. Both c are the bound's times CAUTION. u [D] and offset []
+    are those of losses.open_direction. From up to 10,000 training images and about as many outliers, drawn as in training.
     """
     g = generator(args.seed, "critic")
     some = images[torch.randperm(len(images), generator=g)[:10000].to(images.device)]
@@ -145,10 +145,10 @@ def make_critic(start, taught, images, outliers, args):
         evaluate.fail(f"MICL's critic of {args.out / 'ce.pt'} is not finite: its features are all alike; train it longer")
     print(f"oal: {args.outliers} outliers, the critic weighs distances in the start by {c:.2f}, in the student by {own_c:.2f}",
           flush=True)
-    seen, own = torch.cat([inlier, outlier]), torch.cat(
-        [features for _, features in synthesize.stage2(taught, some, args.dataset, args.device)])
+    seen = torch.cat([inlier, outlier])
     levels = losses.level(seen @ whiten, mean @ whiten, radius, c) - start.classify(seen[:, :d]).mean(1)
     u, offset = losses.open_direction(seen[:, :d], levels)
+    own = torch.cat([features for _, features in synthesize.stage2(taught, some, args.dataset, args.device)])
     found = {"whiten": whiten, "mean": mean @ whiten, "radius": radius, "c": torch.tensor(c), "u": u, "offset": offset,
              "own_mean": own.mean(0), "own_radius": (own - own.mean(0)).norm(dim=1).mean(), "own_c": torch.tensor(own_c)}
     return {name: tensor.float().cpu() for name, tensor in found.items()}
