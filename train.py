@@ -51,7 +51,8 @@ TIERS = {
 
 def generator(seed, stage):
     """A stage's only source of randomness: its draws are the same whether or not earlier stages were run here."""
-    return torch.Generator().manual_seed(10 * seed + ("weights", "ce", "synthesize", "oal", "teacher", "critic").index(stage))
+    return torch.Generator().manual_seed(10 * seed + ("weights", "ce", "synthesize", "oal", "teacher", "critic",
+                                                       "miss").index(stage))
 
 
 def build(arch, num_classes, seed):
@@ -154,6 +155,44 @@ def make_critic(start, taught, images, outliers, args):
     return {name: tensor.float().cpu() for name, tensor in found.items()}
 
 
+def levels_of(critic, seen, features):
+    """What MICL asks of mean logits [B]: seen [B, P] by `describe` in the frozen start, features [B, D] of the student.
+
+    Half by the start, which the student cannot bend, half by the student, whose distances tell more.
+    """
+    frozen = losses.level(seen @ critic["whiten"], critic["mean"], critic["radius"], critic["c"])
+    own = losses.level(features, critic["own_mean"], critic["own_radius"], critic["own_c"])
+    return (frozen + own) / 2
+
+
+@torch.no_grad()
+def missed(student, start, images, outliers, critic, args):
+    """What the trained student misses of its outliers' levels, as far as it is linear -> (u [D], offset []) on the CPU.
+
+    Up to 5,000 training images are hosts of as many outliers; in test mode, as energies will be read. Of outliers alone: ID
+    images, whose levels are met, would hide their misses.
+    """
+    g = generator(args.seed, "miss")
+    some = images[torch.randperm(len(images), generator=g)[:5000].to(images.device)]
+    critic = {name: tensor.to(args.device) for name, tensor in critic.items()}
+    found, misses = [], []
+    for maps, _ in synthesize.stage2(student, some, args.dataset, args.device):
+        for part in maps.split(OUTLIERS):
+            with models.autocast(args.device):
+                outlying = outlier_maps(part, outliers, args, g)
+                features, seen = student.upper(outlying), describe(start, outlying)                   # [32, D], [32, P]
+            found.append(features)
+            misses.append(levels_of(critic, seen, features) - student.classify(features).mean(1))
+    return losses.open_direction(torch.cat(found), torch.cat(misses), ridge=1e-2)
+
+
+def add_to_logits(net, u, offset):
+    """Moves all logits of an image of features h by u h + offset: its energy as well, and no probability."""
+    with torch.no_grad():
+        net.fc.weight += u.to(net.fc.weight)
+        net.fc.bias += offset.to(net.fc.bias)
+
+
 def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic, q_optimizer, g):
     """The terms of the objective for one batch -> {name: scalar}, those that `weights` names.
 
@@ -192,10 +231,7 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
     elif "feat" in weights:
         terms["feat"] = losses.distill_features(h, heads["projection"](teacher_features))
     if critic:
-        # Half by the frozen start, which the student cannot bend, half by the student, whose distances tell more.
-        frozen = losses.level(seen @ critic["whiten"], critic["mean"], critic["radius"], critic["c"])  # [B + 32]
-        own = losses.level(features.detach(), critic["own_mean"], critic["own_radius"], critic["own_c"])
-        levels = (frozen + own) / 2
+        levels = levels_of(critic, seen, features.detach())                                           # [B + 32]
         terms["latent"] = losses.micl_energy(logits, outlier_logits, levels[:len(x)], levels[len(x):])
     elif through:
         terms["latent"] = losses.micl_bound(logits, outlier_logits)
@@ -556,7 +592,8 @@ def main():
             save(found, args, file)
         outliers = torch.load(args.out / file, map_location=args.device, weights_only=True)
 
-    # 4. The student. What of MICL's critic is linear in its features it is given, the rest it learns.
+    # 4. The student. What of MICL's critic is linear in its features it is given, the rest it learns; what of that it has
+    # missed, and is linear in the features that it has now, it is given at the end.
     student, critic = models.build(args.arch, classes), None
     if not (args.out / "student.pt").exists():
         load_weights(student, args, "ce.pt")
@@ -567,10 +604,12 @@ def main():
                 save(make_critic(ce, taught, images, outliers, args), args, "critic.pt")
                 args.seconds["oal"] += time.perf_counter() - begun
             critic = torch.load(args.out / "critic.pt", weights_only=True)
-            with torch.no_grad():
-                student.fc.weight += critic["u"]
-                student.fc.bias += critic["offset"]
+            add_to_logits(student, critic["u"], critic["offset"])
         train("oal", student, images, labels, args, weights, teacher, outliers, ce if critic else None, critic)
+        if critic:
+            begun = time.perf_counter()
+            add_to_logits(student, *missed(student, ce, images, outliers, critic, args))
+            args.seconds["oal"] += time.perf_counter() - begun
         save_network(student, args, "student.pt")
     load_weights(student, args, "student.pt")
 
