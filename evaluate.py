@@ -682,6 +682,7 @@ def main():
     parser.add_argument("--out", default="runs/evaluate", help="folder for results.json")
     parser.add_argument("--device", default=best_device())
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="surrogateescape")  # a file name that is not UTF-8 is printed as it is
     check_device(args.device)
     data_root = check_data_root(args)
     nets = {}

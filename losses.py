@@ -144,9 +144,10 @@ def micl_energy(id_logits, outlier_logits, id_levels, outlier_levels):
     'ID or outlier?', so that the detector needs nothing but logits.
 
     The mean of an image's logits is open: cross-entropy and distilled logits do not hear it, the energy does. It is
-    regressed (smooth L1, in energy units) on the critic's level. Half of the level is measured in a frozen network, the
-    student's start, whose own mean logit is about 0: measured in the student alone it can be met by bending the distance.
-    Half is measured in the student, whose features the teacher has taught: their distances tell more.
+    regressed (smooth L1, in energy units; the outliers, a fifth of the batch, weigh half) on the critic's level. The start's
+    own mean logit is about 0, as weight decay leaves it, so the student's energy is the start's plus the level.
+    Half of the level is measured in a frozen network, that start: in the student alone it could be met by bending the
+    distance. Half is measured in the student, whose features the teacher has taught: their distances tell more.
 
     id_logits [B, C], outlier_logits [M, C], levels [B] and [M] of the same images and latents (`level`) -> scalar; 0
     where all means are the levels. `fit_critic` is the contrast: it decides how far outliers sink.

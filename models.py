@@ -1,4 +1,4 @@
-"""The networks: two residual classifiers for 32x32 images and the small heads that OAL trains beside them.
+"""The networks: two residual classifiers for 32x32 images, and the projection of released feature distillation.
 
 `resnet18` is the network of the OpenOOD v1.5 CIFAR board; its parameter names and shapes are those of OpenOOD's
 `ResNet18_32x32`, so checkpoints travel both ways. `resnet_small` has the same names, one block per stage and half the

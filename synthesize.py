@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 import models
 
-SIGMA = 0.07      # of the Gaussian draws about the boundary, as released, at PAPER_DIM dimensions
-GUIDANCE = 2.0    # of the diffusion model's condition
-PAPER_DIM = 768  # features of the released code's teacher, a ViT-B/16: sigma and the counts below were set for it
+SIGMA = 0.07     # of the Gaussian draws about the boundary, as released, at PAPER_DIM dimensions
+GUIDANCE = 2.0   # of the diffusion model's condition
+PAPER_DIM = 768  # features of the released code's teacher, a ViT-B/16: sigma was set for it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,8 +46,9 @@ def boundary_outliers(features, labels, per_class=100, generator=None, k_fractio
 
     features float32 [N, D] of any length, labels int64 [N]. Per class: the k-th nearest-neighbour distance (k =
     k_fraction of its images: 300 of 500 in the released code) ranks the images; the `boundary` farthest are the
-    boundary. Around each, `draws` samples of N(0, s^2 I), renormalised, of which the `keep` farthest by the same
-    distance stay; rounds repeat until the class has per_class. Only one boundary point's draws are held at a time.
+    boundary. Around these in turn, the farthest first, `draws` samples of N(0, s^2 I), renormalised, of which the `keep`
+    farthest by the same distance stay, until the class has per_class: with few, the nearer boundary points get none. Only
+    one boundary point's draws are held at a time.
 
     What matters of the noise is its length s sqrt(D): the cosine to the boundary point is about 1 / sqrt(1 + s^2 D)
     whatever D is. So s = sigma sqrt(768 / D): `sigma` means what it means in the paper, at 768 dimensions.

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -106,7 +107,7 @@ def test_folder_without_an_image_is_an_error(tmp_path, make, capsys):
     make(folder)
     with pytest.raises(SystemExit) as stop:
         evaluate.read_folder(folder)
-    assert stop.value.code == 2 and f"error: " in capsys.readouterr().err
+    assert stop.value.code == 2 and "error: " in capsys.readouterr().err
 
 
 def test_list_cache(tmp_path, capsys):
@@ -811,15 +812,15 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
     first = contents(tmp_path / "a")
     assert_same(first, contents(tmp_path / "b"))
 
-    # Interrupted after the first epoch of each stage, as a killed process leaves it.
-    save, stops = train.save, [("ce", 1), ("teacher", 1), ("synthesize", None), ("oal", 1)]
+    # Interrupted after the first epoch of each stage and after the last of all, as a killed process leaves it.
+    save, stops = train.save, [("ce", 1), ("teacher", 1), ("synthesize", None), ("oal", 1), ("oal", 2)]
     def killed(state, args, name):
         save(state, args, name)
         if (state.get("stage"), state.get("epoch")) in stops:
             stops.remove((state["stage"], state.get("epoch")))
             raise KeyboardInterrupt
     monkeypatch.setattr(train, "save", killed)
-    for words in ((), *3 * [("--resume",)]):
+    for words in ((), *4 * [("--resume",)]):
         with pytest.raises(KeyboardInterrupt):
             tiny(tmp_path / "c", *words)
     tiny(tmp_path / "c", "--resume")
@@ -875,8 +876,12 @@ def test_every_ablation_changes_the_student(tiny, tmp_path, capsys):
     shared = "--ce", tmp_path / "default" / "ce.pt", "--teacher", tmp_path / "default" / "teacher.pt"
     torch.save(train.build("resnet18", 8, 0).state_dict(), tmp_path / "18.pt")       # a teacher of another arch
     tiny(tmp_path / "again", *shared)
-    again, first = (torch.load(tmp_path / run / "student.pt", weights_only=True) for run in ("again", "default"))
-    assert all(again[key].equal(first[key]) for key in first)
+    cifar = "--micl", "energy", "--feat", "maps"
+    tiny(tmp_path / "whole", *cifar)
+    tiny(tmp_path / "parts", *shared, *cifar)
+    for run, other in (("again", "default"), ("parts", "whole")):
+        again, first = (torch.load(tmp_path / name / "student.pt", weights_only=True) for name in (run, other))
+        assert all(again[key].equal(first[key]) for key in first)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
     for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--micl energy",
                                "--micl energy --outliers noise", "--feat maps", "--w-kd 0", "--w-feat 0", "--w-boundary 0", "--w-latent 0",
@@ -947,8 +952,8 @@ def test_micl_measures_in_the_frozen_start_and_in_the_student(tiny, tmp_path, mo
     monkeypatch.setattr(models, "autocast", lambda device: contextlib.nullcontext())       # float32, to be compared
     told, given, begun, ended, solved, ups, drawn = [], [], [], [], [], [], []
     micl, terms, real, upper = losses.micl_energy, train.loss_terms, train.train, models.ResNet.upper
-    missed = train.missed
-    monkeypatch.setattr(train, "missed", lambda *words: solved.append((words, missed(*words))) or solved[-1][1])
+    missed = train.solve_missed
+    monkeypatch.setattr(train, "solve_missed", lambda *words: solved.append((words, missed(*words))) or solved[-1][1])
     draw = train.outlier_maps
     monkeypatch.setattr(train, "outlier_maps", lambda *words: drawn.append((len(given), draw(*words))) or drawn[-1][1])
     monkeypatch.setattr(losses, "micl_energy", lambda *tensors: told.append(tensors) or micl(*tensors))
@@ -1059,7 +1064,7 @@ def test_what_the_student_misses_of_outliers_is_solved_by_hand(monkeypatch):
     drawn, draw = [], train.outlier_maps
     monkeypatch.setattr(train, "outlier_maps", lambda *words: drawn.append((words[0], draw(*words))) or drawn[-1][1])
     before, _ = {name: value.clone() for name, value in student.state_dict().items()}, student.train()
-    u, offset = train.missed(student, start, images, outliers, critic, args)
+    u, offset = train.solve_missed(student, start, images, outliers, critic, args)
     assert all(before[name].equal(value) for name, value in student.state_dict().items())  # statistics too
 
     hosts, outlying = (torch.cat(parts) for parts in zip(*drawn))
@@ -1079,7 +1084,7 @@ def test_what_the_student_misses_of_outliers_is_solved_by_hand(monkeypatch):
 
 
 def test_torchrun(tmp_path):
-    """Two processes finish, and their networks are those that a single process would call one run's."""
+    """Two processes finish, and cross-entropy moves the network where a single process moves it."""
     (tmp_path / "tiny.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
@@ -1152,3 +1157,14 @@ def test_evaluate_on_a_users_images(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         go(a / "ce.pt", "--plot", tmp_path / "p.png", "--out", tmp_path / "e")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
+def test_a_file_name_that_is_no_text_is_printed_as_it_is(tmp_path):
+    torch.save(train.build("resnet_small", 8, 0).state_dict(), tmp_path / "net.pt")
+    name = os.fsdecode(b"caf\xe9.png")
+    save_png(tmp_path / "mine" / name, 90, (20, 40))
+    done = subprocess.run([sys.executable, HERE / "evaluate.py", tmp_path / "net.pt", "--flag", tmp_path / "mine", "--device", "cpu"],
+                          capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert os.fsencode(name) in done.stdout.splitlines()[1]

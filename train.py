@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -38,8 +39,8 @@ WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary
            "latent": "MICL on latent outliers"}
 W_FEAT = {"maps": 16.0, "released": 8.0}                            # of feature distillation, by its form
 # What the command line leaves open. Epochs of each stage; OAL's rate, 0.005 as released, which suits 100 epochs; padding
-# of the random crop, 4 on the board, less for a student that sees each image 11 times; outliers per class; steps of the
-# diffusion model; weights, on CIFAR that of logit distillation as released; the forms of feature distillation and of MICL.
+# of the random crop, 4 as in OpenOOD, less for a student that sees each image 11 times; outliers per class; steps of the
+# diffusion model, at most (synthesize.py cuts them at 20 passes); weights, on CIFAR that of logit distillation as released; the forms of feature distillation and of MICL.
 TIERS = {
     "resnet18": dict(epochs=dict(ce=100, teacher=100, oal=100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
                      w_kd=4.0, w_boundary=0.0, w_latent=1.0, feat="maps", micl="energy"),
@@ -121,9 +122,9 @@ def make_critic(start, taught, images, outliers, args):
     """MICL's critic of the frozen network `start` -> its numbers, a dict of plain tensors on the CPU.
 
     whiten [P, P] of losses.whitening, and mean [P] after it, radius [] and c [] of losses.level, are for what `describe`
-    gives, P = D + D/2. own_mean [D], own_radius [] and own_c [] are for the student's features: mean and radius those of the
-    network whose features it is `taught`, c fitted to the start's. Both c are the bound's times CAUTION. u [D] and offset []
-    are those of losses.open_direction. From up to 10,000 training images and about as many outliers, drawn as in training.
+    gives, P = D + D/2. own_mean [D] and own_radius [] are the mean feature of `taught`, the network whose features the student
+    imitates, and the mean distance from it; own_c [] is fitted to the start's features. Both c are the bound's times CAUTION.
+    u [D] and offset [] are those of losses.open_direction. From up to 10,000 training images and about as many outliers, drawn as in training.
     """
     g = generator(args.seed, "critic")
     some = images[torch.randperm(len(images), generator=g)[:10000].to(images.device)]
@@ -166,15 +167,14 @@ def levels_of(critic, seen, features):
 
 
 @torch.no_grad()
-def missed(student, start, images, outliers, critic, args):
+def solve_missed(student, start, images, outliers, critic, args):
     """What the trained student misses of its outliers' levels, as far as it is linear -> (u [D], offset []) on the CPU.
 
-    Up to 5,000 training images are hosts of as many outliers; in test mode, as energies will be read. Of outliers alone: ID
-    images, whose levels are met, would hide their misses.
+    Up to 5,000 training images are hosts of as many outliers; in test mode, as energies will be read. Fitted to outliers
+    alone, since ID images, whose levels are met, would hide their misses; added to the logits of every image.
     """
     g = generator(args.seed, "miss")
     some = images[torch.randperm(len(images), generator=g)[:5000].to(images.device)]
-    critic = {name: tensor.to(args.device) for name, tensor in critic.items()}
     found, misses = [], []
     for maps, _ in synthesize.stage2(student, some, args.dataset, args.device):
         for part in maps.split(OUTLIERS):
@@ -266,7 +266,7 @@ def check_finite(stage, first_step, names, values):
     if len(bad):
         row = values[bad[0, 0]].tolist()
         evaluate.fail(f"the loss is not finite at {stage} step {first_step + bad[0, 0].item()}: "
-                      f"{', '.join(f'{name} {value}' for name, value in zip(names, row))}; lower a weight or rate")
+                      f"{', '.join(f'{name} {value}' for name, value in zip(names, row))}; lower a --w- weight, or start anew with another --seed")
 
 
 def train(stage, net, images, labels, args, weights, teacher=None, outliers=None, start=None, critic=None, keep=True):
@@ -299,8 +299,6 @@ def train(stage, net, images, labels, args, weights, teacher=None, outliers=None
     for frozen in (teacher, start):
         if frozen is not None:
             frozen.to(device, memory_format=torch.channels_last).eval()
-    if critic is not None:
-        critic = {name: tensor.to(device) for name, tensor in critic.items()}
 
     steps, first_epoch = epochs * ((len(images) - 2 * world) // BATCH + 1), 0
     state = dict(net=net, heads=heads, optimizer=optimizer, **({"q_optimizer": q_optimizer} if q_optimizer else {}))
@@ -405,7 +403,8 @@ def benchmark(args, images, labels, teacher):
     weights = weights_of(args)
     critic = None
     if sends_outliers(args, weights) and args.micl == "energy":
-        critic = make_critic(start, start, images, {name: tensor.to(args.device) for name, tensor in outliers.items()}, args)
+        outliers = {name: tensor.to(args.device) for name, tensor in outliers.items()}
+        critic = {name: tensor.to(args.device) for name, tensor in make_critic(start, start, images, outliers, args).items()}
     optimizer = torch.optim.SGD(net.parameters(), **CE)
     x = evaluate.normalize(images[:BATCH], args.dataset)
     with torch.no_grad():
@@ -425,7 +424,7 @@ def benchmark(args, images, labels, teacher):
             for _ in range(n // BATCH):
                 forward()
 
-    wait = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
+    wait = torch.accelerator.synchronize if args.device != "cpu" else lambda: None
     parts = {"bare": lambda: bare(lambda: F.cross_entropy(net(x), labels[:BATCH])),
              "bare_upper": lambda: bare(lambda: net.classify(net.upper(maps)).square().mean()),  # the outliers' half
              "teacher_forward": lambda: frozen(lambda: teacher(x)),
@@ -524,10 +523,12 @@ def main():
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        # Hours, not the default ten minutes, for the first process to download, decode and draw while the others wait.
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=timedelta(hours=4))
     saved = load_checkpoint(args)
     if saved and args.resume and saved["options"] != args.options:
-        other = [name for name in args.options if saved["options"].get(name) != args.options[name]]
+        other = [name for name in {**saved["options"], **args.options}
+                 if saved["options"].get(name, "absent") != args.options.get(name, "absent")]
         evaluate.fail(f"{args.out} holds a run with other options ({', '.join(other)}): resume with the same command")
     held = [name for name in ("ce.pt", "teacher.pt", "outliers.pt", "vos.pt", "critic.pt", "student.pt", "results.json")
             if (args.out / name).exists()]
@@ -542,11 +543,18 @@ def main():
     if teacher and args.feat == "maps" and args.w_feat and teacher.conv1.weight.shape != ce.conv1.weight.shape:
         evaluate.fail(f"the feature maps of --teacher {args.teacher} have other shapes than those of {args.arch}: add "
                       "--feat released, or give a teacher of that arch")
+    if args.rank:
+        dist.barrier()  # the first process downloads and decodes, the others read what it has left
     images, labels = (tensor.to(args.device) for tensor in evaluate.load(args.dataset, "train", args.data_root))
     if len(images) < BATCH or labels.bincount(minlength=classes).min() < 2:
         evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs {BATCH} images, and "
                       "2 of each class")
     sets, missing = evaluate.load_benchmark(args.dataset, args.data_root)
+    if args.rank == 0:
+        if missing:
+            print(f"missing, and left out of the means: {', '.join(missing)}", flush=True)
+        if args.world > 1:
+            dist.barrier()
     evaluate.make_folder(args.out)
     if args.benchmark:
         result = benchmark(args, images, labels, teacher)
@@ -592,8 +600,8 @@ def main():
             save(found, args, file)
         outliers = torch.load(args.out / file, map_location=args.device, weights_only=True)
 
-    # 4. The student. What of MICL's critic is linear in its features it is given, the rest it learns; what of that it has
-    # missed, and is linear in the features that it has now, it is given at the end.
+    # 4. The student. MICL in three steps: what of the level is linear in the start's features is added to fc; training
+    # learns the rest; what training has missed and is linear in the features by then is added to fc.
     student, critic = models.build(args.arch, classes), None
     if not (args.out / "student.pt").exists():
         load_weights(student, args, "ce.pt")
@@ -603,34 +611,34 @@ def main():
                 taught = teacher if "feat" in weights and args.feat == "maps" else ce
                 save(make_critic(ce, taught, images, outliers, args), args, "critic.pt")
                 args.seconds["oal"] += time.perf_counter() - begun
-            critic = torch.load(args.out / "critic.pt", weights_only=True)
+            critic = torch.load(args.out / "critic.pt", map_location=args.device, weights_only=True)
             add_to_logits(student, critic["u"], critic["offset"])
         train("oal", student, images, labels, args, weights, teacher, outliers, ce if critic else None, critic)
         if critic:
             begun = time.perf_counter()
-            add_to_logits(student, *missed(student, ce, images, outliers, critic, args))
+            add_to_logits(student, *solve_missed(student, ce, images, outliers, critic, args))
             args.seconds["oal"] += time.perf_counter() - begun
         save_network(student, args, "student.pt")
     load_weights(student, args, "student.pt")
 
-    # 5. Both networks, side by side.
-    if args.rank == 0:
-        begun = time.perf_counter()
-        found = {}
-        for name, net in (("ce", ce), ("oal", student)):
-            ref = evaluate.reference(net, args.dataset, images, args.device)
-            found[name], _ = evaluate.evaluate(net, sets, args.dataset, args.device, list(evaluate.SCORES), ref)
-        seconds = {**args.seconds, "evaluate": time.perf_counter() - begun}
-        seconds["total"] = sum(seconds.values())
-        results = {"dataset": args.dataset, "arch": args.arch, "seed": args.seed,
-                   "command": " ".join(["train.py", *sys.argv[1:]]), "device": args.device, "options": args.options,
-                   "versions": evaluate.versions(), "seconds": seconds, "missing": missing, "models": found}
-        (args.out / "results.json").write_text(json.dumps(results, indent=1))
-        print("\n".join(evaluate.table(results)))
-        print(f"written: {args.out / 'results.json'}")
+    # 5. Both networks, side by side, in the first process.
     if args.world > 1:
-        dist.barrier()
         dist.destroy_process_group()
+    if args.rank:
+        return
+    begun = time.perf_counter()
+    found = {}
+    for name, net in (("ce", ce), ("oal", student)):
+        ref = evaluate.reference(net, args.dataset, images, args.device)
+        found[name], _ = evaluate.evaluate(net, sets, args.dataset, args.device, list(evaluate.SCORES), ref)
+    seconds = {**args.seconds, "evaluate": time.perf_counter() - begun}
+    seconds["total"] = sum(seconds.values())
+    results = {"dataset": args.dataset, "arch": args.arch, "seed": args.seed,
+               "command": " ".join(["train.py", *sys.argv[1:]]), "device": args.device, "options": args.options,
+               "versions": evaluate.versions(), "seconds": seconds, "missing": missing, "models": found}
+    (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    print("\n".join(evaluate.table(results)))
+    print(f"written: {args.out / 'results.json'}")
 
 
 if __name__ == "__main__":
