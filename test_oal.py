@@ -1165,6 +1165,6 @@ def test_a_file_name_that_is_no_text_is_printed_as_it_is(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     save_png(tmp_path / "mine" / name, 90, (20, 40))
     done = subprocess.run([sys.executable, HERE / "evaluate.py", tmp_path / "net.pt", "--flag", tmp_path / "mine", "--device", "cpu"],
-                          capture_output=True, timeout=300)
+                          capture_output=True, timeout=300, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
     assert done.returncode == 0, done.stderr
     assert os.fsencode(name) in done.stdout.splitlines()[1]
