@@ -40,7 +40,8 @@ WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary
 W_FEAT = {"maps": 16.0, "released": 8.0}                            # of feature distillation, by its form
 # What the command line leaves open. Epochs of each stage; OAL's rate, 0.005 as released, which suits 100 epochs; padding
 # of the random crop, 4 as in OpenOOD, less for a student that sees each image 11 times; outliers per class; steps of the
-# diffusion model, at most (synthesize.py cuts them at 20 passes); weights, on CIFAR that of logit distillation as released; the forms of feature distillation and of MICL.
+# diffusion model, at most (synthesize.py ends it after 20 passes); weights, on CIFAR that of logit distillation as
+# released; the forms of feature distillation and of MICL.
 TIERS = {
     "resnet18": dict(epochs=dict(ce=100, teacher=100, oal=100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
                      w_kd=4.0, w_boundary=0.0, w_latent=1.0, feat="maps", micl="energy"),
@@ -52,8 +53,7 @@ TIERS = {
 
 def generator(seed, stage):
     """A stage's only source of randomness: its draws are the same whether or not earlier stages were run here."""
-    return torch.Generator().manual_seed(10 * seed + ("weights", "ce", "synthesize", "oal", "teacher", "critic",
-                                                       "miss").index(stage))
+    return torch.Generator().manual_seed(10 * seed + ("weights", "ce", "synthesize", "oal", "teacher", "critic").index(stage))
 
 
 def build(arch, num_classes, seed):
@@ -124,7 +124,8 @@ def make_critic(start, taught, images, outliers, args):
     whiten [P, P] of losses.whitening, and mean [P] after it, radius [] and c [] of losses.level, are for what `describe`
     gives, P = D + D/2. own_mean [D] and own_radius [] are the mean feature of `taught`, the network whose features the student
     imitates, and the mean distance from it; own_c [] is fitted to the start's features. Both c are the bound's times CAUTION.
-    u [D] and offset [] are those of losses.open_direction. From up to 10,000 training images and about as many outliers, drawn as in training.
+    u [D] and offset [] are those of losses.open_direction. From up to 10,000 training images and about as many outliers,
+    drawn as in training.
     """
     g = generator(args.seed, "critic")
     some = images[torch.randperm(len(images), generator=g)[:10000].to(images.device)]
@@ -154,43 +155,6 @@ def make_critic(start, taught, images, outliers, args):
     found = {"whiten": whiten, "mean": mean @ whiten, "radius": radius, "c": torch.tensor(c), "u": u, "offset": offset,
              "own_mean": own.mean(0), "own_radius": (own - own.mean(0)).norm(dim=1).mean(), "own_c": torch.tensor(own_c)}
     return {name: tensor.float().cpu() for name, tensor in found.items()}
-
-
-def levels_of(critic, seen, features):
-    """What MICL asks of mean logits [B]: seen [B, P] by `describe` in the frozen start, features [B, D] of the student.
-
-    Half by the start, which the student cannot bend, half by the student, whose distances tell more.
-    """
-    frozen = losses.level(seen @ critic["whiten"], critic["mean"], critic["radius"], critic["c"])
-    own = losses.level(features, critic["own_mean"], critic["own_radius"], critic["own_c"])
-    return (frozen + own) / 2
-
-
-@torch.no_grad()
-def solve_missed(student, start, images, outliers, critic, args):
-    """What the trained student misses of its outliers' levels, as far as it is linear -> (u [D], offset []) on the CPU.
-
-    Up to 5,000 training images are hosts of as many outliers; in test mode, as energies will be read. Fitted to outliers
-    alone, since ID images, whose levels are met, would hide their misses; added to the logits of every image.
-    """
-    g = generator(args.seed, "miss")
-    some = images[torch.randperm(len(images), generator=g)[:5000].to(images.device)]
-    found, misses = [], []
-    for maps, _ in synthesize.stage2(student, some, args.dataset, args.device):
-        for part in maps.split(OUTLIERS):
-            with models.autocast(args.device):
-                outlying = outlier_maps(part, outliers, args, g)
-                features, seen = student.upper(outlying), describe(start, outlying)                   # [32, D], [32, P]
-            found.append(features)
-            misses.append(levels_of(critic, seen, features) - student.classify(features).mean(1))
-    return losses.open_direction(torch.cat(found), torch.cat(misses), ridge=1e-2)
-
-
-def add_to_logits(net, u, offset):
-    """Moves all logits of an image of features h by u h + offset: its energy as well, and no probability."""
-    with torch.no_grad():
-        net.fc.weight += u.to(net.fc.weight)
-        net.fc.bias += offset.to(net.fc.bias)
 
 
 def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic, q_optimizer, g):
@@ -231,7 +195,10 @@ def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic
     elif "feat" in weights:
         terms["feat"] = losses.distill_features(h, heads["projection"](teacher_features))
     if critic:
-        levels = levels_of(critic, seen, features.detach())                                           # [B + 32]
+        # Half by the frozen start, which the student cannot bend, half by the student, whose distances tell more.
+        frozen = losses.level(seen @ critic["whiten"], critic["mean"], critic["radius"], critic["c"])  # [B + 32]
+        own = losses.level(features.detach(), critic["own_mean"], critic["own_radius"], critic["own_c"])
+        levels = (frozen + own) / 2
         terms["latent"] = losses.micl_energy(logits, outlier_logits, levels[:len(x)], levels[len(x):])
     elif through:
         terms["latent"] = losses.micl_bound(logits, outlier_logits)
@@ -266,7 +233,8 @@ def check_finite(stage, first_step, names, values):
     if len(bad):
         row = values[bad[0, 0]].tolist()
         evaluate.fail(f"the loss is not finite at {stage} step {first_step + bad[0, 0].item()}: "
-                      f"{', '.join(f'{name} {value}' for name, value in zip(names, row))}; lower a --w- weight, or start anew with another --seed")
+                      f"{', '.join(f'{name} {value}' for name, value in zip(names, row))}; lower a --w-* weight, or try "
+                      "another --seed")
 
 
 def train(stage, net, images, labels, args, weights, teacher=None, outliers=None, start=None, critic=None, keep=True):
@@ -299,6 +267,8 @@ def train(stage, net, images, labels, args, weights, teacher=None, outliers=None
     for frozen in (teacher, start):
         if frozen is not None:
             frozen.to(device, memory_format=torch.channels_last).eval()
+    if critic is not None:
+        critic = {name: tensor.to(device) for name, tensor in critic.items()}
 
     steps, first_epoch = epochs * ((len(images) - 2 * world) // BATCH + 1), 0
     state = dict(net=net, heads=heads, optimizer=optimizer, **({"q_optimizer": q_optimizer} if q_optimizer else {}))
@@ -403,8 +373,7 @@ def benchmark(args, images, labels, teacher):
     weights = weights_of(args)
     critic = None
     if sends_outliers(args, weights) and args.micl == "energy":
-        outliers = {name: tensor.to(args.device) for name, tensor in outliers.items()}
-        critic = {name: tensor.to(args.device) for name, tensor in make_critic(start, start, images, outliers, args).items()}
+        critic = make_critic(start, start, images, {name: tensor.to(args.device) for name, tensor in outliers.items()}, args)
     optimizer = torch.optim.SGD(net.parameters(), **CE)
     x = evaluate.normalize(images[:BATCH], args.dataset)
     with torch.no_grad():
@@ -600,8 +569,7 @@ def main():
             save(found, args, file)
         outliers = torch.load(args.out / file, map_location=args.device, weights_only=True)
 
-    # 4. The student. MICL in three steps: what of the level is linear in the start's features is added to fc; training
-    # learns the rest; what training has missed and is linear in the features by then is added to fc.
+    # 4. The student. What of MICL's level is linear in the start's features is added to fc, the rest it learns.
     student, critic = models.build(args.arch, classes), None
     if not (args.out / "student.pt").exists():
         load_weights(student, args, "ce.pt")
@@ -611,13 +579,11 @@ def main():
                 taught = teacher if "feat" in weights and args.feat == "maps" else ce
                 save(make_critic(ce, taught, images, outliers, args), args, "critic.pt")
                 args.seconds["oal"] += time.perf_counter() - begun
-            critic = torch.load(args.out / "critic.pt", map_location=args.device, weights_only=True)
-            add_to_logits(student, critic["u"], critic["offset"])
+            critic = torch.load(args.out / "critic.pt", weights_only=True)
+            with torch.no_grad():
+                student.fc.weight += critic["u"]
+                student.fc.bias += critic["offset"]
         train("oal", student, images, labels, args, weights, teacher, outliers, ce if critic else None, critic)
-        if critic:
-            begun = time.perf_counter()
-            add_to_logits(student, *solve_missed(student, ce, images, outliers, critic, args))
-            args.seconds["oal"] += time.perf_counter() - begun
         save_network(student, args, "student.pt")
     load_weights(student, args, "student.pt")
 
