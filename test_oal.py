@@ -714,7 +714,7 @@ def test_threshold_accepts_the_share():
     (train, "--outliers noise --micl club", "--outliers noise"), (train, "--peer vos --w-kd 1", "--peer"),
     (train, "--peer logitnorm --benchmark", "--peer"), (train, "--peer vos --feat maps", "--peer"),
     (train, "--peer vos --micl energy", "--peer"), (train, "--micl energy --w-boundary 1", "--w-boundary"),
-    (synthesize, "x.pt --per-class none", "whole number")])
+    (synthesize, "x.pt --per-class none", "whole number"), (synthesize, "x.pt --show x.abc", "--show")])
 def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", *words.split(), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
@@ -722,6 +722,16 @@ def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and says in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_class_of_a_single_image_has_no_boundary(tmp_path, monkeypatch, capsys):
+    root = openood_tree(tmp_path)  # one training image per class
+    torch.save(train.build("resnet_small", 100, 0).state_dict(), tmp_path / "net.pt")
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", str(tmp_path / "net.pt"), "--dataset", "cifar100", "--data-root", str(root),
+                                      "--out", str(tmp_path / "outliers.pt")])
+    with pytest.raises(SystemExit) as stop:
+        synthesize.main()
+    assert stop.value.code == 2 and "a single image" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py", "synthesize.py"])

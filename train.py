@@ -75,7 +75,7 @@ def augment(images, pad, g):
 
 
 def average_gradients(parameters, world):
-    """Under torchrun: every process holds a slice of the batch, and all take the step of the whole."""
+    """Under torchrun: every process holds a slice of the batch, and all step by the mean of their gradients."""
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
@@ -145,7 +145,7 @@ def make_critic(start, taught, images, outliers, args):
 
     (c, radius), (own_c, _) = weight(inlier @ whiten, outlier @ whiten), weight(inlier[:, :d], outlier[:, :d])
     if not (math.isfinite(c) and math.isfinite(own_c)):
-        evaluate.fail(f"MICL's critic of {args.out / 'ce.pt'} is not finite: its features are all alike; train it longer")
+        evaluate.fail(f"MICL's critic of {args.out / 'ce.pt'} is not finite: its features are all alike or its outliers not finite; train it longer")
     print(f"oal: {args.outliers} outliers, the critic weighs distances in the start by {c:.2f}, in the student by {own_c:.2f}",
           flush=True)
     seen = torch.cat([inlier, outlier])
