@@ -145,7 +145,7 @@ def micl_energy(id_logits, outlier_logits, id_levels, outlier_levels):
 
     The mean of an image's logits is open: cross-entropy and distilled logits do not hear it, the energy does. It is
     regressed (smooth L1, in energy units; the outliers, a fifth of the batch, weigh half) on the critic's level. The start's
-    own mean logit is about 0, as weight decay leaves it, so the student's energy is the start's plus the level.
+    own mean logit is about 0, as weight decay leaves it: the level is what the critic adds to its energy.
     Half of the level is measured in a frozen network, that start: in the student alone it could be met by bending the
     distance. Half is measured in the student, whose features the teacher has taught: their distances tell more.
 

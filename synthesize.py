@@ -334,7 +334,8 @@ def main():
     net = evaluate.load_network(args.checkpoint, evaluate.CLASSES[args.dataset])
     images, labels = evaluate.load(args.dataset, "train", evaluate.check_data_root(args))
     if labels.bincount().eq(1).any():
-        evaluate.fail(f"a class of {args.dataset} in {args.data_root} has a single image, which has no nearest neighbour: add one")
+        evaluate.fail(f"a class of {args.dataset} in {args.data_root} has a single image, which has no nearest neighbour: "
+                      "add one")
     evaluate.make_folder(Path(args.out).parent)
     generator = torch.Generator().manual_seed(10 * args.seed + 2)  # train.py's: the same outliers, given the same options
     outliers = synthesize(net, images, labels, args.dataset, args.per_class, args.sigma, args.guidance,

@@ -145,7 +145,8 @@ def make_critic(start, taught, images, outliers, args):
 
     (c, radius), (own_c, _) = weight(inlier @ whiten, outlier @ whiten), weight(inlier[:, :d], outlier[:, :d])
     if not (math.isfinite(c) and math.isfinite(own_c)):
-        evaluate.fail(f"MICL's critic of {args.out / 'ce.pt'} is not finite: its features are all alike or its outliers not finite; train it longer")
+        evaluate.fail(f"MICL's critic of {args.out / 'ce.pt'} is not finite: its features are all alike or its "
+                      "outliers not finite; train it longer")
     print(f"oal: {args.outliers} outliers, the critic weighs distances in the start by {c:.2f}, in the student by {own_c:.2f}",
           flush=True)
     seen = torch.cat([inlier, outlier])
