@@ -28,6 +28,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.functional import center_crop, resize
 
+import losses
 import models
 
 SIZE = 32
@@ -442,12 +443,17 @@ def fdbd(logits, features, ref):
     top, predicted = logits.max(1)
     gap = torch.cdist(ref["weight"], ref["weight"])[predicted]                      # [N, C], |w_pred - w_c|
     distance = ((top[:, None] - logits) / gap.clamp_min(1e-12)).sum(1) / (logits.shape[1] - 1)
-    return distance / (features - ref["features"].mean(0)).norm(dim=1).clamp_min(1e-12)
+    return distance / (features - ref["mean"]).norm(dim=1).clamp_min(1e-12)
+
+
+def micl(logits, features, ref):
+    """OAL's detector: top logit above the mean logit, over the distance to the training mean (losses.MICL)."""
+    return losses.MICL(ref["mean"]).score(logits, features)
 
 
 SCORES = {"msp": msp, "mls": mls, "ebo": ebo, "knn": knn, "react": react, "ash_s": ash_s, "scale": scale, "gen": gen,
-          "vim": vim, "fdbd": fdbd}
-NEED_TRAINING_SET = ("knn", "react", "vim", "fdbd")
+          "vim": vim, "fdbd": fdbd, "micl": micl}
+NEED_TRAINING_SET = ("knn", "react", "vim", "fdbd", "micl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,6 +540,7 @@ def reference(net, dataset, train_images, device):
     ref = {"weight": net.fc.weight.detach().cpu().float(), "bias": net.fc.bias.detach().cpu().float()}
     if train_images is not None:
         ref["logits"], ref["features"] = outputs(net, train_images, dataset, device)
+        ref["mean"] = ref["features"].mean(0)
     return ref
 
 

@@ -1,13 +1,11 @@
 """The terms of OAL's objective, and those of two peers. Each can be copied out alone: nothing here imports the project.
 
-    released: cross-entropy + 4 KD(logits) + 8 KD(features) + 0.1 MICL(boundary outliers) + 0.2 MICL(latent outliers)
-    here:     cross-entropy + 4 KD(logits) + 16 KD(feature maps) + 1 MICL(latent outliers), but for the embedded images
+    oal:      cross-entropy + 4 KD(logits) + 16 KD(feature maps) + 1 MICL(latent outliers)
+    released: cross-entropy + 4 KD(logits) + 8 KD(features) + 0.1 CLUB(boundary outliers) + 0.2 CLUB(latent outliers)
 
-`distill_logits` and `distill_features` are those of the released code (openood/trainers/generative_ood_distill_trainer.py);
-`distill_maps` is what a teacher that has grown from the student's start allows: its units are the student's.
-MICL, the mutual-information contrast between ID features and outliers, is here as released (`micl_released`, expectation
-zero), as CLUB's authors meant the bound (`CLUB`, with q fitted by likelihood on dependent pairs), and mended (`fit_critic`
-and `micl_energy`, the default; `micl_bound` on the embedded images). README, section 'Audit', says why and shows the numbers.
+`distill_logits` and `distill_features` are those of the released code (openood/trainers/oal_trainer.py); `distill_maps` is
+what a teacher with the student's own units allows. MICL, the mutual-information contrast between ID features and outliers,
+is the class of that name; `micl_released` is its released form, whose expectation is zero (README, section 'Audit').
 """
 import math
 
@@ -76,100 +74,55 @@ def micl_released(club, outliers, features):
     return club(outliers, features)
 
 
-def fit_critic(id_energy, id_distance, outlier_energy, outlier_distance):
-    """The critic of the mended MICL -> the weight c of the distance, a float.
+class MICL(nn.Module):
+    """Mutual-information contrast: a lower bound of I(h; Z), whose critic is the OOD detector itself.
 
-    With Z = 1 for ID features and 0 for outliers, equally likely, I(h; Z) >= log 2 + E log q(Z|h) for any q (Barber &
-    Agakov 2003). Here q(Z = 1|h) = sigmoid(E(h) - c d(h) - t): E is the energy score log sum exp(logits), d the distance
-    from the mean ID feature. Both grow with a feature's length, but outliers lie farther than their energy lets expect. c
-    and t are where the bound is largest. Two numbers, because more would learn by heart what these outliers look like: with
-    one per unit of the feature the bound is larger and real OOD images are told worse.
+    Z = 1 for an ID image and 0 for an outlier that went through the network in the same batch, both equally likely. For any
+    q, I(h; Z) >= log 2 + E log q(Z|h) (Barber & Agakov 2003). Here q(Z = 1|h) = sigmoid(a (r(h) - tau)) with the ratio
 
-    Energies and distances of ID images [N] and of outliers [M]. Where a threshold tells all of them apart the bound has no
-    largest value, and c is as large as 100 steps make it.
+        r(h) = m / d,  m = top logit - mean logit,  d = |h - mean|
+
+    how far the predicted class stands out per unit of distance from the centre of the ID features: whether a feature points
+    along a class, whatever its length. tau is the ratio at which ID and outlier are equally likely, a > 0 how fast the
+    odds change there. Both are trained with the network (no weight decay); `mean` [D] is a running mean of the ID features.
+
+        critic = MICL.start(id_logits, id_features)      # of the network that is to be trained
+        loss = loss + critic(logits, features, is_id)    # in each step; critic's parameters in the optimiser
+        confidence = critic.score(logits, features)      # at test time: higher = more in-distribution
     """
-    energy = torch.cat([id_energy, outlier_energy]).cpu().double()                       # [N + M]
-    distance = torch.cat([id_distance, outlier_distance]).cpu().double()
-    is_id = torch.arange(len(energy)) < len(id_energy)
-    share = torch.where(is_id, 0.5 / len(id_energy), 0.5 / len(outlier_energy))          # both halves count alike
-    centre, spread = distance.mean(), distance.std()
-    c, t = torch.zeros_like(centre).requires_grad_(), energy.mean().requires_grad_()
-    optimizer = torch.optim.LBFGS([c, t], max_iter=100, line_search_fn="strong_wolfe")
 
-    def minus_bound():
-        optimizer.zero_grad()
-        surplus = energy - c * (distance - centre) / spread - t
-        loss = (share * F.softplus(torch.where(is_id, -surplus, surplus))).sum()
-        loss.backward()
-        return loss
+    def __init__(self, mean, a=1.0, tau=0.0):
+        super().__init__()
+        self.register_buffer("mean", torch.as_tensor(mean).detach().clone())
+        self.log_a = nn.Parameter(torch.as_tensor(a, dtype=torch.float32).log())
+        self.tau = nn.Parameter(torch.as_tensor(tau, dtype=torch.float32))
 
-    optimizer.step(minus_bound)
-    return (c / spread).item()
+    @classmethod
+    def start(cls, id_logits, id_features):
+        """ID logits [N, C] and features [N, D] -> a critic: tau their 5 % quantile, and a two standard deviations = 2."""
+        critic = cls(id_features.mean(0))
+        ratio = critic.score(id_logits, id_features)
+        return cls(critic.mean, 1 / ratio.std(), ratio.quantile(0.05))
 
+    def score(self, logits, features):
+        """Logits [B, C], features [B, D] -> ratio r [B], higher = more in-distribution."""
+        distance = (features - self.mean).norm(dim=1)
+        return (logits.amax(1) - logits.mean(1)) / distance.clamp_min(1e-12)
 
-def whitening(points, ridge=0.1):
-    """Points [N, P] -> the matrix [P, P] after which their covariance is, but for the ridge, the identity.
+    def log_odds(self, logits, features):
+        """log q(Z = 1|h) - log q(Z = 0|h), [B]: its sigmoid is the probability of ID."""
+        return self.log_a.exp() * (self.score(logits, features) - self.tau)
 
-    Each unit is divided by its standard deviation, or by a hundredth of their mean where it hardly ever fires; `ridge` is
-    added to the variances of 1 that this leaves. Differences of points have Mahalanobis lengths after it.
-    """
-    points = points - points.mean(0)
-    std = points.std(0)
-    std = std.clamp_min(max(0.01 * std.mean().item(), 1e-6))                             # [P]
-    values, vectors = torch.linalg.eigh(torch.cov((points / std).T).cpu() + ridge * torch.eye(len(std)))
-    return (vectors / values.sqrt()).to(std) / std[:, None]
+    def forward(self, logits, features, is_id):
+        """Logits [B, C], features [B, D], is_id bool [B] -> minus the bound in nats, a scalar above -log 2.
 
-
-def level(features, mean, radius, c):
-    """What the critic adds to the energy: -c (|h - mean| - radius), features [B, D], whitened or not, mean [D] -> [B]."""
-    return -c * ((features - mean).norm(dim=1) - radius)
-
-
-def open_direction(features, levels, ridge=1e-3):
-    """The linear map nearest to the levels: features [N, D], levels [N] -> (u [D], offset []) on the CPU, by ridge regression.
-
-    Added to every row of a classifier and to its bias they move an image's logits by one number alike, so no
-    probability changes: the direction that cross-entropy leaves open, and that energies hear.
-    """
-    features, levels = features.cpu().double(), levels.cpu().double()
-    x = torch.cat([features, torch.ones(len(features), 1)], dim=1)                       # [N, D + 1]
-    gram = x.T @ x
-    gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram))
-    solution = torch.linalg.solve(gram, x.T @ levels).float()
-    return solution[:-1], solution[-1]
-
-
-def micl_energy(id_logits, outlier_logits, id_levels, outlier_levels):
-    """MICL mended: the student's own energy becomes the critic E - c d of the information between a feature and
-    'ID or outlier?', so that the detector needs nothing but logits.
-
-    The mean of an image's logits is open: cross-entropy and distilled logits do not hear it, the energy does. It is
-    regressed (smooth L1, in energy units; the outliers, a fifth of the batch, weigh half) on the critic's level. The start's
-    own mean logit is about 0, as weight decay leaves it: the level is what the critic adds to its energy.
-    Half of the level is measured in a frozen network, that start: in the student alone it could be met by bending the
-    distance. Half is measured in the student, whose features the teacher has taught: their distances tell more.
-
-    id_logits [B, C], outlier_logits [M, C], levels [B] and [M] of the same images and latents (`level`) -> scalar; 0
-    where all means are the levels. `fit_critic` is the contrast: it decides how far outliers sink.
-    """
-    return (F.smooth_l1_loss(id_logits.mean(1), id_levels)
-            + 0.5 * F.smooth_l1_loss(outlier_logits.mean(1), outlier_levels))
-
-
-def micl_bound(id_logits, outlier_logits, accepted=0.9, way=0.1):
-    """MICL mended, without a frozen network: the bound of `fit_critic` with q(Z = 1|h) = sigmoid(E - t), the energy alone.
-
-    The network is trained to raise the bound: outliers push its energies down, ID images of low energy rise. t lies on the
-    `way` from the energy that the share `accepted` of the batch's ID images exceed to the outliers' mean: at its start the
-    lowest ID images would be lifted however far the outliers are, and t and all energies with them without end; half-way,
-    near-OOD is lost. For the embedded images: on photographs it takes from near-OOD what it gives to far-OOD.
-
-    id_logits [B, C], outlier_logits [M, C] -> minus the bound, a scalar in nats: above -log 2, 0 where all energies are
-    equal, and more where they vary but tell nothing. The threshold is of the rows given: a process's share.
-    """
-    inlier, outlier = id_logits.logsumexp(1), outlier_logits.logsumexp(1)                # [B], [M]
-    t = torch.lerp(inlier.detach().quantile(1 - accepted), outlier.detach().mean(), way)
-    return 0.5 * (F.softplus(t - inlier).mean() + F.softplus(outlier - t).mean()) - math.log(2)
+        0 says nothing, -log 2 that every image is told. In training mode the running mean moves a tenth of the way to that of
+        the ID features. Without an ID row or an outlier the result is NaN.
+        """
+        if self.training:
+            self.mean.lerp_(features[is_id].detach().mean(0), 0.1)
+        odds = self.log_odds(logits, features)
+        return 0.5 * (F.softplus(-odds[is_id]).mean() + F.softplus(odds[~is_id]).mean()) - math.log(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""The networks: two residual classifiers for 32x32 images, and the projection of released feature distillation.
+"""The networks: residual classifiers of three sizes for 32x32 images, and the projection of released feature distillation.
 
 `resnet18` is the network of the OpenOOD v1.5 CIFAR board; its parameter names and shapes are those of OpenOOD's
 `ResNet18_32x32`, so checkpoints travel both ways. `resnet_small` has the same names, one block per stage and half the
-width (1.2 M parameters), and trains on a laptop.
+width (1.2 M parameters), and trains on a laptop; `resnet_tiny`, of a quarter of the width (0.3 M), is for the embedded images.
 
 A classifier is two halves: `lower` ends with the feature map of stage 2, `upper` goes from there to the features.
 OAL's synthesised latents are such maps: they enter between the halves and never exist as images.
@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ARCHS = {"resnet18": (2, 64), "resnet_small": (1, 32)}  # residual blocks per stage, width of the first stage
+# Residual blocks per stage, width of the first stage.
+ARCHS = {"resnet18": (2, 64), "resnet_small": (1, 32), "resnet_tiny": (1, 16)}
 
 
 class BasicBlock(nn.Module):
@@ -73,7 +74,7 @@ class ResNet(nn.Module):
 
 
 def build(name, num_classes):
-    """The classifier `name` ('resnet18' or 'resnet_small') with fresh weights; ValueError for any other name."""
+    """The classifier `name`, a key of ARCHS, with fresh weights; ValueError for any other name."""
     if name not in ARCHS:
         raise ValueError(f"unknown arch '{name}': choose one of {', '.join(ARCHS)}")
     return ResNet(*ARCHS[name], num_classes)

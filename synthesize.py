@@ -252,6 +252,23 @@ def transplant(codes, hosts, codec, detail=1.0):
         return decode(codes, codec, hosts.shape[1:]) + detail * left_out
 
 
+def outlier_maps(maps, outliers, n, generator, kind="diffusion", mine=slice(None)):
+    """Stage-2 maps of a batch of ID images [B, C, H, W] and the tensors of outliers.pt -> n stage-2 maps of outliers.
+
+    Each is a random latent in a random image's detail, both scaled by 0 to 2 at random: outliers of every contrast and
+    sharpness, from flat to glaring, from smooth to rough. kind 'noise' is the row to beat: Gaussian noise as strong as the
+    maps in place of the latents. `mine` is the share of the n that is returned: the draws are the same whatever it is.
+    """
+    latents, device = outliers["latent"], maps.device
+    chosen = torch.randint(len(latents), (n,), generator=generator)[mine].to(device)
+    hosts = torch.randint(2 ** 31, (n,), generator=generator)[mine].to(device) % len(maps)
+    hosts = maps[hosts].detach().float()
+    if kind == "noise":
+        return hosts + hosts.std() * torch.randn(n, *hosts.shape[1:], generator=generator)[mine].to(device)
+    contrast, detail = (2 * torch.rand(n, 1, generator=generator)[mine].to(device) for _ in range(2))
+    return transplant(contrast * latents[chosen], hosts, outliers, detail[:, :, None, None])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole stage: a trained network and its training images -> outliers.pt.
 
@@ -268,7 +285,8 @@ def stage2(net, images, dataset, device):
         yield maps.float(), features
 
 
-def synthesize(net, images, labels, dataset, per_class, sigma, guidance, diffusion_steps, generator, device):
+def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generator, device, sigma=SIGMA,
+               guidance=GUIDANCE):
     """A trained network and its training set -> the tensors of outliers.pt, on the CPU.
 
     boundary [N, D] and latent [N, L] with boundary_labels and latent_labels [N], sorted by class, per_class of each;
@@ -338,8 +356,8 @@ def main():
                       "add one")
     evaluate.make_folder(Path(args.out).parent)
     generator = torch.Generator().manual_seed(10 * args.seed + 2)  # train.py's: the same outliers, given the same options
-    outliers = synthesize(net, images, labels, args.dataset, args.per_class, args.sigma, args.guidance,
-                          args.diffusion_steps, generator, args.device)
+    outliers = synthesize(net, images, labels, args.dataset, args.per_class, args.diffusion_steps, generator, args.device,
+                          args.sigma, args.guidance)
     torch.save(outliers, args.out)
     print(f"written: {args.out}")
     if args.show:

@@ -28,32 +28,26 @@ import losses
 import models
 import synthesize
 
-BATCH = 128
 CE = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)  # OpenOOD v1.5's recipe for CIFAR
-LR_PROJECTION, LR_Q = 0.01, 1e-4                                    # of the heads beside the student, as released
-OUTLIERS = 32                                                       # latents that join each batch of ID images
-LENGTHS = (0.5, 2.5)                                                # of boundary outliers, in mean lengths of ID features
-STRETCH = DETAIL = 2.0                                              # latents, their hosts' detail: times 0 to this
-CAUTION = 0.8                                                       # share of the critic's c that is asked of the student
-WEIGHTS = {"kd": "logit distillation", "feat": "feature distillation", "boundary": "MICL on boundary outliers",
-           "latent": "MICL on latent outliers"}
-W_FEAT = {"maps": 16.0, "released": 8.0}                            # of feature distillation, by its form
-# What the command line leaves open. Epochs of each stage; OAL's rate, 0.005 as released, which suits 100 epochs; padding
-# of the random crop, 4 as in OpenOOD, less for a student that sees each image 11 times; outliers per class; steps of the
-# diffusion model, at most (synthesize.py ends it after 20 passes); weights, on CIFAR that of logit distillation as
-# released; the forms of feature distillation and of MICL.
-TIERS = {
-    "resnet18": dict(epochs=dict(ce=100, teacher=100, oal=100), oal_lr=0.005, crop=4, per_class=500, diffusion_steps=4000,
-                     w_kd=4.0, w_boundary=0.0, w_latent=1.0, feat="maps", micl="energy"),
-    "resnet_small": dict(epochs=dict(ce=8, teacher=16, oal=3), oal_lr=0.02, crop=1, per_class=50, diffusion_steps=1000,
-                         w_kd=4.0, w_boundary=0.0, w_latent=1.0, feat="maps", micl="energy"),
-    "shapes": dict(epochs=dict(ce=8, teacher=8, oal=8), oal_lr=0.01, crop=1, per_class=50, diffusion_steps=1000,
-                   w_kd=1.0, w_boundary=1.0, w_latent=1.0, feat="released", micl="bound")}
+# A recipe is an objective: cross-entropy plus these terms with these weights (losses.py). 'oal' is ours, 'released' has the
+# losses of the paper's code. An arch brings the size of a run: epochs of each stage; the student's learning rate; the
+# batch; padding of the random crop; outliers per class; steps of the diffusion model, at most.
+RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_latent=1.0),
+           "released": dict(w_kd=4.0, w_feat=8.0, w_boundary=0.1, w_latent=0.2)}
+PEERS = {"vos": {"ce": 1.0, "vos": 0.1}, "logitnorm": {"logitnorm": 1.0}}
+TIERS = {"resnet18": dict(epochs=dict(ce=100, teacher=100, oal=100), oal_lr=0.005, batch=128, crop=4, per_class=500,
+                          diffusion_steps=4000),
+         "resnet_small": dict(epochs=dict(ce=8, teacher=16, oal=3), oal_lr=0.02, batch=128, crop=1, per_class=50,
+                              diffusion_steps=1000),
+         "resnet_tiny": dict(epochs=dict(ce=7, teacher=7, oal=4), oal_lr=0.01, batch=64, crop=1, per_class=50,
+                             diffusion_steps=1000)}
+# What the optimiser does otherwise for what is trained beside the student: as released, and MICL's a and tau.
+HEADS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(lr=1e-4), "critic": dict(weight_decay=0.0)}
 
 
 def generator(seed, stage):
     """A stage's only source of randomness: its draws are the same whether or not earlier stages were run here."""
-    return torch.Generator().manual_seed(10 * seed + ("weights", "ce", "synthesize", "oal", "teacher", "critic").index(stage))
+    return torch.Generator().manual_seed(10 * seed + ("weights", "ce", "synthesize", "oal", "teacher", "heads").index(stage))
 
 
 def build(arch, num_classes, seed):
@@ -74,205 +68,141 @@ def augment(images, pad, g):
     return cut.permute(0, 3, 1, 2)
 
 
-def average_gradients(parameters, world):
-    """Under torchrun: every process holds a slice of the batch, and all step by the mean of their gradients."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    for grad, mean in zip(grads, (flat / world).split([grad.numel() for grad in grads])):
-        grad.copy_(mean.view_as(grad))
+# ---------------------------------------------------------------------------------------------------------------------
+# What a stage trains by: terms(x, y), a function of a batch, uint8 [B, 3, 32, 32] augmented and int64 [B] -> {term: scalar},
+# and the heads that are trained beside the network.
 
 
-def make_heads(net, teacher, outliers, weights, args):
-    """What is trained beside the network, by name: released feature distillation's projection, CLUB's q, VOS's critic."""
-    heads = {}
-    if "feat" in weights and args.feat == "released":
-        heads["projection"] = models.projection(teacher.fc.in_features, net.fc.in_features)
-    for kind in ("boundary", "latent"):
-        if kind in weights and args.micl in ("released", "club"):
-            heads[kind] = losses.CLUB(outliers[kind].shape[1], net.fc.in_features, 512)
-    if "vos" in weights:
-        heads["vos"] = losses.VOS(net.fc.out_features)
-    return torch.nn.ModuleDict(heads)
-
-
-def outlier_maps(maps, outliers, args, g, mine=slice(None)):
-    """Stage-2 maps of ID images [B, C, 16, 16] and the tensors of outliers.pt -> maps of OUTLIERS outliers [32, C, 16, 16].
-
-    Latents of every contrast and sharpness: from flat to glaring, from smooth to rough. `mine` is the share of the 32 that
-    is wanted: the draws from g are the same whatever it is.
-    """
-    codes = torch.randint(len(outliers["latent"]), (OUTLIERS,), generator=g)[mine].to(maps.device)
-    hosts = torch.randint(2 ** 31, (OUTLIERS,), generator=g)[mine].to(maps.device) % len(maps)
-    hosts = maps[hosts].detach().float()
-    if args.outliers == "noise":  # the row to beat: noise as strong as the maps, in place of the latents
-        return hosts + hosts.std() * torch.randn(OUTLIERS, *hosts.shape[1:], generator=g)[mine].to(maps.device)
-    stretch, detail = (high * torch.rand(OUTLIERS, 1, generator=g)[mine].to(maps.device) for high in (STRETCH, DETAIL))
-    return synthesize.transplant(stretch * outliers["latent"][codes], hosts, outliers, detail[:, :, None, None])
-
-
-def describe(net, maps):
-    """Stage-2 maps -> what MICL's critic sees of them in a frozen network: features and pooled stage-3 map [B, D + D/2]."""
-    features, (third, _) = net.upper(maps, return_maps=True)
-    return torch.cat([features, third.float().mean((2, 3))], dim=1)
-
-
-@torch.no_grad()
-def make_critic(start, taught, images, outliers, args):
-    """MICL's critic of the frozen network `start` -> its numbers, a dict of plain tensors on the CPU.
-
-    whiten [P, P] of losses.whitening, and mean [P] after it, radius [] and c [] of losses.level, are for what `describe`
-    gives, P = D + D/2. own_mean [D] and own_radius [] are the mean feature of `taught`, the network whose features the student
-    imitates, and the mean distance from it; own_c [] is fitted to the start's features. Both c are the bound's times CAUTION.
-    u [D] and offset [] are those of losses.open_direction. From up to 10,000 training images and about as many outliers,
-    drawn as in training.
-    """
-    g = generator(args.seed, "critic")
-    some = images[torch.randperm(len(images), generator=g)[:10000].to(images.device)]
-    inlier, outlier = [], []
-    for maps, _ in synthesize.stage2(start, some, args.dataset, args.device):
+def ce_terms(net, args):
+    """Cross-entropy alone: the start and the teacher."""
+    def terms(x, y):
         with models.autocast(args.device):
-            inlier.append(describe(start, maps))                                                      # [500, P]
-            for part in maps.split(OUTLIERS):
-                outlier.append(describe(start, outlier_maps(part, outliers, args, g)))                # [32, P]
-    inlier, outlier = torch.cat(inlier), torch.cat(outlier)
-    d, mean, whiten = start.fc.in_features, inlier.mean(0), losses.whitening(inlier)
-    energies = [start.classify(seen[:, :d]).logsumexp(1) for seen in (inlier, outlier)]
-
-    def weight(of_inlier, of_outlier):
-        distances = [(of - of_inlier.mean(0)).norm(dim=1) for of in (of_inlier, of_outlier)]
-        return CAUTION * losses.fit_critic(energies[0], distances[0], energies[1], distances[1]), distances[0].mean()
-
-    (c, radius), (own_c, _) = weight(inlier @ whiten, outlier @ whiten), weight(inlier[:, :d], outlier[:, :d])
-    if not (math.isfinite(c) and math.isfinite(own_c)):
-        evaluate.fail(f"MICL's critic of {args.out / 'ce.pt'} is not finite: its features are all alike or its "
-                      "outliers not finite; train it longer")
-    print(f"oal: {args.outliers} outliers, the critic weighs distances in the start by {c:.2f}, in the student by {own_c:.2f}",
-          flush=True)
-    seen = torch.cat([inlier, outlier])
-    levels = losses.level(seen @ whiten, mean @ whiten, radius, c) - start.classify(seen[:, :d]).mean(1)
-    u, offset = losses.open_direction(seen[:, :d], levels)
-    own = torch.cat([features for _, features in synthesize.stage2(taught, some, args.dataset, args.device)])
-    found = {"whiten": whiten, "mean": mean @ whiten, "radius": radius, "c": torch.tensor(c), "u": u, "offset": offset,
-             "own_mean": own.mean(0), "own_radius": (own - own.mean(0)).norm(dim=1).mean(), "own_c": torch.tensor(own_c)}
-    return {name: tensor.float().cpu() for name, tensor in found.items()}
+            return {"ce": F.cross_entropy(net(evaluate.normalize(x, args.dataset)), y)}
+    return {}, terms
 
 
-def loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic, q_optimizer, g):
-    """The terms of the objective for one batch -> {name: scalar}, those that `weights` names.
+def oal_terms(student, teacher, outliers, images, args, g):
+    """OAL's objective -> (heads, terms). Without a teacher no distillation, without outliers no MICL."""
+    heads, n_outliers = {}, args.batch // 4
+    if outliers:  # every tenth image or so: the lists are sorted by class
+        some = images[::max(1, len(images) // 5000)]
+        heads["critic"] = losses.MICL.start(*evaluate.outputs(student, some, args.dataset, args.device))
+    same_shape = teacher and teacher.conv1.weight.shape == student.conv1.weight.shape
+    if teacher and not same_shape:
+        heads["projection"] = models.projection(teacher.fc.in_features, student.fc.in_features)
 
-    x uint8 [B, 3, 32, 32] augmented, y int64 [B]. outliers: the tensors of outliers.pt, sorted by class. start, critic:
-    the frozen network in which MICL's critic measures, and its numbers; None without it.
+    def terms(x, y):
+        n = len(x)
+        with models.autocast(args.device):
+            x = evaluate.normalize(x, args.dataset)
+            maps = student.lower(x)                                                       # [B, C, 16, 16]
+            if outliers:
+                # Latents join the batch half-way, so that they share its batch-norm statistics: in a pass of their own
+                # they teach the network to recognise the statistics. Under torchrun a process takes its share of them.
+                latents = synthesize.outlier_maps(maps, outliers, n_outliers, g, args.outliers,
+                                                  slice(args.rank, None, args.world))
+                maps = torch.cat([maps, latents.to(maps)]).contiguous(memory_format=torch.channels_last)
+            features, later = student.upper(maps, return_maps=True)                       # [B + M, D], two stages' maps
+            logits = student.classify(features)                                           # [B + M, K]
+            if teacher:
+                with torch.no_grad():
+                    teacher_maps = teacher.lower(x)
+                    teacher_features, teacher_later = teacher.upper(teacher_maps, return_maps=True)
+                    teacher_logits = teacher.classify(teacher_features)
+
+        found = {"ce": F.cross_entropy(logits[:n], y)}
+        if teacher:
+            found["kd"] = losses.distill_logits(logits[:n], teacher_logits)
+            if same_shape:
+                found["feat"] = losses.distill_maps([stage[:n] for stage in (maps, *later)], [teacher_maps, *teacher_later])
+            else:
+                found["feat"] = losses.distill_features(features[:n], heads["projection"](teacher_features))
+        if outliers:
+            is_id = torch.arange(len(features), device=features.device) < n
+            found["latent"] = heads["critic"](logits, features, is_id)
+        return found
+
+    return heads, terms
+
+
+def released_terms(student, teacher, outliers, images, args, g):
+    """The losses of the paper's code (../shared/RELEASED.md has the file of each) -> (heads, terms).
+
+    Outliers are drawn without regard to the images, and both CLUBs share the network's optimiser, which moves q down the
+    bound. As in oal_terms a weight of 0 leaves its term out.
     """
-    through = sends_outliers(args, weights)
-    with models.autocast(args.device):
+    heads, dim = {}, student.fc.in_features
+    if teacher:
+        heads["projection"] = models.projection(teacher.fc.in_features, dim)
+    for kind in [kind for kind in ("boundary", "latent") if getattr(args, f"w_{kind}")]:
+        heads[kind] = losses.CLUB(outliers[kind].shape[1], dim, 512)
+
+    def terms(x, y):
         x = evaluate.normalize(x, args.dataset)
-        maps = net.lower(x)                                                                           # [B, C, 16, 16]
-        if through:
-            # Outliers join the batch half-way, so that they share its batch-norm statistics: in a pass of their own
-            # they teach the network to recognise the statistics, and accuracy is lost.
-            # Under torchrun each process takes its share of them, as of the images.
-            outlying = outlier_maps(maps, outliers, args, g, slice(args.rank, None, args.world)).to(maps)
-            maps = torch.cat([maps, outlying]).contiguous(memory_format=torch.channels_last)
-        features, later = net.upper(maps, return_maps=True)                                           # [B (+ 32), D]
-        with torch.no_grad():
-            if "kd" in weights or "feat" in weights:
-                teacher_maps = teacher.lower(x)
-                teacher_features, teacher_later = teacher.upper(teacher_maps, return_maps=True)
-                teacher_logits = teacher.classify(teacher_features)
-            if critic:  # of the outliers the maps are the student's, so that both networks see the same ones
-                seen = torch.cat([describe(start, start.lower(x)), describe(start, maps[len(x):])])   # [B + 32, P]
-    h, logits, outlier_logits = features[:len(x)], net.fc(features[:len(x)]), net.fc(features[len(x):])
+        with models.autocast(args.device):
+            logits, features = student(x, return_feature=True)                            # [B, K], [B, D]
+            if teacher:
+                with torch.no_grad():
+                    teacher_logits, teacher_features = teacher(x, return_feature=True)
+        found = {"ce": F.cross_entropy(logits, y)}
+        if teacher:
+            found["kd"] = losses.distill_logits(logits, teacher_logits)
+            found["feat"] = losses.distill_features(features, heads["projection"](teacher_features))
+        for kind in [kind for kind in ("boundary", "latent") if kind in heads]:
+            found[kind] = losses.micl_released(heads[kind], draw(outliers[kind], len(y), args, g), features)
+        return found
 
-    terms = {}
-    if "ce" in weights:
-        terms["ce"] = F.cross_entropy(logits, y)
-    if "logitnorm" in weights:
-        terms["logitnorm"] = losses.logit_norm(logits, y)
-    if "kd" in weights:
-        terms["kd"] = losses.distill_logits(logits, teacher_logits)
-    if "feat" in weights and args.feat == "maps":
-        terms["feat"] = losses.distill_maps([stage[:len(x)] for stage in (maps, *later)], [teacher_maps, *teacher_later])
-    elif "feat" in weights:
-        terms["feat"] = losses.distill_features(h, heads["projection"](teacher_features))
-    if critic:
-        # Half by the frozen start, which the student cannot bend, half by the student, whose distances tell more.
-        frozen = losses.level(seen @ critic["whiten"], critic["mean"], critic["radius"], critic["c"])  # [B + 32]
-        own = losses.level(features.detach(), critic["own_mean"], critic["own_radius"], critic["own_c"])
-        levels = (frozen + own) / 2
-        terms["latent"] = losses.micl_energy(logits, outlier_logits, levels[:len(x)], levels[len(x):])
-    elif through:
-        terms["latent"] = losses.micl_bound(logits, outlier_logits)
-    for kind in [kind for kind in ("boundary", "latent", "vos") if kind in weights and kind not in terms]:
-        per_class = len(outliers[kind]) // net.fc.out_features                                        # sorted by class
-        # Always BATCH draws, of which a process takes its share: so all stay in step under torchrun.
-        mine = slice(args.rank, args.rank + args.world * len(y), args.world)
-        classes, member = (torch.randint(high, (BATCH,), generator=g)[mine].to(y)
-                           for high in (net.fc.out_features, per_class))
-        o = outliers[kind][(y if kind != "vos" and args.micl == "club" else classes) * per_class + member]  # [B, D or L]
-        if kind == "vos":
-            terms[kind] = heads[kind](logits, net.fc(o))
-        elif args.micl == "bound":
-            # As a feature that could occur: no unit is negative, and any length about that of this batch's features.
-            length = LENGTHS[0] + (LENGTHS[1] - LENGTHS[0]) * torch.rand(BATCH, 1, generator=g)[mine].to(h)
-            o = F.normalize(o.relu(), dim=1) * h.detach().norm(dim=1).mean() * length
-            terms[kind] = losses.micl_bound(logits, net.fc(o))
-        else:
-            if q_optimizer:  # 'club': q is fitted to the pairs by likelihood before the bound is read
-                q_optimizer.zero_grad()
-                (-heads[kind].log_likelihood(o, h.detach())).backward()
-                if args.world > 1:
-                    average_gradients(list(heads[kind].parameters()), args.world)
-                q_optimizer.step()
-            terms[kind] = heads[kind](o, h)
-    return terms
+    return heads, terms
 
 
-def check_finite(stage, first_step, names, values):
-    """Ends the run if a value [steps, terms and their weighted sum] is not finite, naming the first such step."""
-    bad = (~torch.isfinite(values)).any(1).nonzero()
-    if len(bad):
-        row = values[bad[0, 0]].tolist()
-        evaluate.fail(f"the loss is not finite at {stage} step {first_step + bad[0, 0].item()}: "
-                      f"{', '.join(f'{name} {value}' for name, value in zip(names, row))}; lower a --w-* weight, or try "
-                      "another --seed")
+def vos_terms(student, teacher, outliers, images, args, g):
+    """VOS, a peer: cross-entropy, and its uncertainty loss against Gaussian outliers in feature space."""
+    heads = {"vos": losses.VOS(student.fc.out_features)}
+
+    def terms(x, y):
+        with models.autocast(args.device):
+            logits = student(evaluate.normalize(x, args.dataset))
+        outlier_logits = student.classify(draw(outliers["vos"], len(y), args, g))
+        return {"ce": F.cross_entropy(logits, y), "vos": heads["vos"](logits, outlier_logits)}
+
+    return heads, terms
 
 
-def train(stage, net, images, labels, args, weights, teacher=None, outliers=None, start=None, critic=None, keep=True):
-    """Trains `net` in place for one stage, 'ce', 'teacher' or 'oal', and adds the time that it took to args.seconds.
+def logitnorm_terms(student, teacher, outliers, images, args, g):
+    """LogitNorm, a peer."""
+    def terms(x, y):
+        with models.autocast(args.device):
+            return {"logitnorm": losses.logit_norm(student(evaluate.normalize(x, args.dataset)), y)}
+    return {}, terms
 
-    images uint8 [N, 3, 32, 32] and labels int64 [N] on args.device. weights: {term: weight}, as weights_of gives them;
-    {'ce': 1.0} is plain cross-entropy training. teacher, outliers, start, critic: see loss_terms. With `keep`, saves
-    checkpoint.pt after each epoch and starts from it where it holds this stage.
+
+def draw(outliers, n, args, g):
+    """n random rows of outliers [M, D]. A process takes its share of a whole batch's draws: so all stay in step."""
+    return outliers[torch.randint(len(outliers), (args.batch,), generator=g)[args.rank::args.world][:n]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+def train(stage, net, heads, terms, weights, images, labels, args, g, keep=True):
+    """Trains `net` and its heads in place for one stage, 'ce', 'teacher' or 'oal'; adds the time taken to args.seconds.
+
+    images uint8 [N, 3, 32, 32] and labels int64 [N] on args.device. The loss is the sum over weights {term: weight} of
+    what terms(x, y) returns. g: the stage's generator, which terms may share. With `keep`, saves checkpoint.pt after each
+    epoch and starts from it where it holds this stage.
     """
-    device, world, rank = args.device, args.world, args.rank
+    rank, world = args.rank, args.world
     recipe, epochs = dict(CE, lr=args.oal_lr) if stage == "oal" else CE, args.epochs[stage]
-    g = generator(args.seed, stage)
-    net.to(device, memory_format=torch.channels_last).train()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2 ** 31, (), generator=g)))
-        heads = make_heads(net, teacher, outliers, weights, args).to(device).train()
-    groups, q_parameters = [{"params": list(net.parameters()), "lr": recipe["lr"]}], []
-    for name, head in heads.items():
-        if name in ("boundary", "latent") and args.micl == "club":  # q is fitted by likelihood in a step of its own
-            q_parameters += head.parameters()
-        else:                                                       # as released, it shares the one optimiser
-            rate = {"projection": LR_PROJECTION, "vos": recipe["lr"]}.get(name, LR_Q)
-            groups.append({"params": list(head.parameters()), "lr": rate})
+    net.to(args.device, memory_format=torch.channels_last).train()
+    heads = torch.nn.ModuleDict(heads).to(args.device).train()
+    groups = [{"params": list(net.parameters())}, *({"params": list(head.parameters()), **HEADS.get(name, {})}
+                                                     for name, head in heads.items())]
     optimizer = torch.optim.SGD(groups, **recipe)
-    q_optimizer = torch.optim.Adam(q_parameters, 1e-3) if q_parameters else None
-    trained = [p for group in groups for p in group["params"]]
-    base_rates = [group["lr"] for group in groups]
-    if outliers is not None:
-        outliers = {name: tensor.to(device) for name, tensor in outliers.items()}
-    for frozen in (teacher, start):
-        if frozen is not None:
-            frozen.to(device, memory_format=torch.channels_last).eval()
-    if critic is not None:
-        critic = {name: tensor.to(device) for name, tensor in critic.items()}
+    trained, X
 
-    steps, first_epoch = epochs * ((len(images) - 2 * world) // BATCH + 1), 0
-    state = dict(net=net, heads=heads, optimizer=optimizer, **({"q_optimizer": q_optimizer} if q_optimizer else {}))
+    steps, first_epoch = epochs * ((len(images) - 2 * world) // args.batch + 1), 0
+    state = dict(net=net, heads=heads, optimizer=optimizer)
     saved = load_checkpoint(args) if keep else None
     if saved and saved["stage"] == stage:
         for name, part in state.items():
@@ -284,41 +214,59 @@ def train(stage, net, images, labels, args, weights, teacher=None, outliers=None
     for epoch in range(first_epoch, epochs):
         begun = said = time.perf_counter()
         unread = []                                     # the terms of the last steps: reading them waits for the device
-        batches = torch.randperm(len(images), generator=g).split(BATCH)
+        batches = torch.randperm(len(images), generator=g).split(args.batch)
         if len(batches[-1]) < 2 * world:  # too few for batch-norm in every process
             batches = batches[:-1]
         for i, index in enumerate(batches):
             step = epoch * len(batches) + i
             for group, rate in zip(optimizer.param_groups, base_rates):
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            index = index.to(device)
+            index = index.to(args.device)
             x, y = augment(images[index], args.crop, g)[rank::world], labels[index][rank::world]
-            terms = loss_terms(net, heads, x, y, args, weights, teacher, outliers, start, critic, q_optimizer, g)
-            loss = sum(weights[name] * value for name, value in terms.items())
+            found = terms(x, y)
+            loss = sum(weight * found[name] for name, weight in weights.items())
             optimizer.zero_grad()
             loss.backward()
             if world > 1:
                 average_gradients(trained, world)
             optimizer.step()
 
-            unread.append(torch.stack([value.detach() for value in (*terms.values(), loss)]))
+            unread.append(torch.stack([value.detach() for value in (*found.values(), loss)]))
             if len(unread) == 50 or i + 1 == len(batches):
                 values = torch.stack(unread)                                                          # [<= 50, terms]
-                check_finite(stage, step + 1 - len(values), [*terms, "sum"], values)
+                check_finite(stage, step + 1 - len(values), [*found, "sum"], values)
                 unread, now = [], time.perf_counter()
                 if rank == 0 and (now - said > (1 if terminal else 20) or i + 1 == len(batches)):
-                    said, speed = now, (i + 1) * BATCH / (now - begun)
-                    left = ((epochs - epoch) * len(batches) - i - 1) * BATCH / speed
-                    shown = "  ".join(f"{name} {value:.3f}" for name, value in zip(terms, values.mean(0).tolist()))
+                    said, speed = now, (i + 1) * args.batch / (now - begun)
+                    left = ((epochs - epoch) * len(batches) - i - 1) * args.batch / speed
+                    shown = "  ".join(f"{name} {value:.3f}" for name, value in zip(found, values.mean(0).tolist()))
                     print(f"{stage}: epoch {epoch + 1}/{epochs}, step {i + 1}/{len(batches)}, {shown}, "
                           f"{speed:.0f} images/s, {left:.0f} s left",
                           end="\r" if terminal and i + 1 < len(batches) else "\n", flush=True)
         args.seconds[stage] += time.perf_counter() - begun
-        if not keep:
-            continue
-        save({"stage": stage, "epoch": epoch + 1, "seconds": args.seconds, "options": args.options,
-              "generator": g.get_state(), **{name: part.state_dict() for name, part in state.items()}},
-             args, "checkpoint.pt")
+        if keep:
+            save({"stage": stage, "epoch": epoch + 1, "seconds": args.seconds, "options": args.options,
+                  "generator": g.get_state(), **{name: part.state_dict() for name, part in state.items()}},
+                 args, "checkpoint.pt")
+
+
+def average_gradients(parameters, world):
+    """Under torchrun: every process holds a slice of the batch, and all step by the mean of their gradients."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    for grad, mean in zip(grads, (flat / world).split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))
+
+
+def check_finite(stage, first_step, names, values):
+    """Ends the run if a value [steps, terms and their weighted sum] is not finite, naming the first such step."""
+    bad = (~torch.isfinite(values)).any(1).nonzero()
+    if len(bad):
+        row = values[bad[0, 0]].tolist()
+        evaluate.fail(f"the loss is not finite at {stage} step {first_step + bad[0, 0].item()}: "
+                      f"{', '.join(f'{name} {value}' for name, value in zip(names, row))}; lower a --w-* weight, or try "
+                      "another --seed")
 
 
 def load_checkpoint(args):
@@ -352,6 +300,28 @@ def save_network(net, args, name):
 def load_weights(net, args, name):
     """Reads what save_network wrote: the same network in every process, whether trained here or in an earlier run."""
     net.load_state_dict(torch.load(args.out / name, map_location="cpu", weights_only=True))
+    return net.to(args.device, memory_format=torch.channels_last).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program.
+
+
+def objective(args):
+    """The student's {term: weight}, without the terms whose weight is 0, and the function that makes its terms."""
+    if args.peer:
+        return PEERS[args.peer], {"vos": vos_terms, "logitnorm": logitnorm_terms}[args.peer]
+    names = [name for name in RECIPES[args.recipe] if getattr(args, name)]
+    weights = {"ce": 1.0, **{name.removeprefix("w_"): getattr(args, name) for name in names}}
+    return weights, {"oal": oal_terms, "released": released_terms}[args.recipe]
+
+
+def make_student(student, teacher, outliers, images, args):
+    """-> (heads, terms, generator) of the stage 'oal'; fresh heads depend on the seed alone."""
+    g = generator(args.seed, "oal")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(args.seed, "heads").initial_seed())
+        return *objective(args)[1](student, teacher, outliers, images, args, g), g
 
 
 def benchmark(args, images, labels, teacher):
@@ -360,51 +330,48 @@ def benchmark(args, images, labels, teacher):
     Each is timed in this one run, three times in turn, and the best counts. A ratio is the time of our step over the sum
     of its bare parts, measured beside it: 1.0 is a step with no overhead.
     """
-    n, repeats = min(10, len(images) // BATCH) * BATCH, 3
+    n, classes = min(10, len(images) // args.batch) * args.batch, evaluate.CLASSES[args.dataset]
     args = argparse.Namespace(**{**vars(args), "epochs": dict(ce=1, teacher=1, oal=1)})
     images, labels = images[:n].to(args.device), labels[:n].to(args.device)
-    net, start = (build(args.arch, evaluate.CLASSES[args.dataset], args.seed) for _ in range(2))
-    teacher = teacher or build(args.arch, evaluate.CLASSES[args.dataset], args.seed)
-    for part in (net, start, teacher):
+    net, fresh = (build(args.arch, classes, args.seed) for _ in range(2))
+    weights = objective(args)[0]
+    teacher = (teacher or fresh) if weights.keys() & {"kd", "feat"} else None
+    for part in (net, fresh, *([teacher] if teacher else [])):
         part.eval().to(args.device, memory_format=torch.channels_last)
     codec = synthesize.fit_codec(next(synthesize.stage2(net, images, args.dataset, args.device))[0])
-    classes = evaluate.CLASSES[args.dataset]
-    outliers = {"boundary": torch.randn(classes * 2, net.fc.in_features),
-                "latent": torch.randn(classes * 2, len(codec["basis"])), **codec}
-    weights = weights_of(args)
-    critic = None
-    if sends_outliers(args, weights) and args.micl == "energy":
-        critic = make_critic(start, start, images, {name: tensor.to(args.device) for name, tensor in outliers.items()}, args)
+    outliers = {"boundary": torch.randn(classes * 2, net.fc.in_features, device=args.device),
+                "latent": torch.randn(classes * 2, len(codec["basis"]), device=args.device), **codec}
+    outliers = outliers if weights.keys() & {"boundary", "latent"} else None
+    heads, terms, g = make_student(net, teacher, outliers, images, args)
     optimizer = torch.optim.SGD(net.parameters(), **CE)
-    x = evaluate.normalize(images[:BATCH], args.dataset)
+    x = evaluate.normalize(images[:args.batch], args.dataset)
     with torch.no_grad():
-        maps = net.lower(x[:OUTLIERS])
+        maps = net.lower(x[:args.batch // 4])
 
     def bare(forward):
         net.train()
-        for _ in range(n // BATCH):
+        for _ in range(n // args.batch):
             with models.autocast(args.device):
                 loss = forward()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-    def frozen(forward):
-        with torch.no_grad(), models.autocast(args.device):
-            for _ in range(n // BATCH):
-                forward()
+    @torch.no_grad()
+    def teacher_forward():
+        with models.autocast(args.device):
+            for _ in range(n // args.batch):
+                (teacher or fresh)(x)
 
     wait = torch.accelerator.synchronize if args.device != "cpu" else lambda: None
-    parts = {"bare": lambda: bare(lambda: F.cross_entropy(net(x), labels[:BATCH])),
-             "bare_upper": lambda: bare(lambda: net.classify(net.upper(maps)).square().mean()),  # the outliers' half
-             "teacher_forward": lambda: frozen(lambda: teacher(x)),
-             "start_forward": lambda: frozen(lambda: start(x)),
-             "start_upper": lambda: frozen(lambda: start.upper(maps)),
-             "ce_step": lambda: train("ce", net, images, labels, args, {"ce": 1.0}, keep=False),
-             "oal_step": lambda: train("oal", net, images, labels, args, weights, teacher, outliers, start, critic, keep=False),
+    parts = {"bare": lambda: bare(lambda: F.cross_entropy(net(x), labels[:args.batch])),
+             "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).square().mean()),  # their half of the network
+             "teacher_forward": teacher_forward,
+             "ce_step": lambda: train("ce", net, *ce_terms(net, args), {"ce": 1.0}, images, labels, args, g, keep=False),
+             "oal_step": lambda: train("oal", net, heads, terms, weights, images, labels, args, g, keep=False),
              "test_pass": lambda: evaluate.outputs(net, images, args.dataset, args.device)}
     seconds = {}
-    for _ in range(repeats + 1):  # the first round warms up
+    for _ in range(4):  # the first round warms up
         for name, part in parts.items():
             wait()
             begun = time.perf_counter()
@@ -412,28 +379,9 @@ def benchmark(args, images, labels, teacher):
             wait()
             seconds.setdefault(name, []).append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
-    bare_parts = {"ce": best["bare"], "oal": best["bare"]}
-    through = sends_outliers(args, weights)
-    for part, counts in (("bare_upper", through), ("teacher_forward", weights.keys() & {"kd", "feat"}),
-                         ("start_forward", critic), ("start_upper", critic)):
-        if counts:
-            bare_parts["oal"] += best[part]
-    named = ("bare", "teacher_forward", "ce_step", "oal_step", "test_pass")
-    return {"images_per_second": {name: n / best[name] for name in named},
-            "ratio": {name: best[f"{name}_step"] / bare_parts[name] for name in ("ce", "oal")}}
-
-
-def weights_of(args):
-    """The student's objective: {term: weight}, without the terms whose weight is 0."""
-    if args.peer:
-        return {"logitnorm": {"logitnorm": 1.0}, "vos": {"ce": 1.0, "vos": 0.1}}[args.peer]
-    weights = {"ce": 1.0, "kd": args.w_kd, "feat": args.w_feat, "boundary": args.w_boundary, "latent": args.w_latent}
-    return {name: weight for name, weight in weights.items() if weight}
-
-
-def sends_outliers(args, weights):
-    """Whether latent outliers go through the network with the batch."""
-    return "latent" in weights and args.micl in ("energy", "bound")
+    oal_parts = best["bare"] + best["teacher_forward"] * bool(teacher) + best["outliers"] * ("critic" in heads)
+    return {"images_per_second": {name: n / best[name] for name in best if name != "outliers"},
+            "ratio": {"ce": best["ce_step"] / best["bare"], "oal": best["oal_step"] / oal_parts}}
 
 
 def parse_args():
@@ -443,40 +391,33 @@ def parse_args():
     parser.add_argument("--data-root", help="folder in the OpenOOD v1.5 layout, or where torchvision downloads (data)")
     parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--arch", choices=models.ARCHS, help="resnet18 on CIFAR, resnet_small on shapes")
+    parser.add_argument("--arch", choices=models.ARCHS, help="resnet18 on CIFAR, resnet_tiny on shapes")
     parser.add_argument("--epochs", type=evaluate.positive,
-                        help="of each training stage, the teacher's too; default: the tier's own")
+                        help="of each training stage, the teacher's too; default: the arch's own")
     parser.add_argument("--device", default=evaluate.best_device())
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
-    parser.add_argument("--teacher", metavar="FILE", help="distil from this network and train no teacher; add --feat released "
-                        "where it has another arch than the student or has not grown from its start")
-    parser.add_argument("--feat", choices=W_FEAT, help="form of feature distillation, see losses.py; default: the tier's")
-    parser.add_argument("--micl", choices=("energy", "bound", "released", "club"), help="see losses.py; default: the tier's")
+    parser.add_argument("--teacher", metavar="FILE", help="distil from this network and train no teacher")
+    parser.add_argument("--recipe", choices=RECIPES, default="oal", help="the student's objective; released: the paper's code")
+    parser.add_argument("--peer", choices=PEERS, help="train the student by this method in place of OAL")
     parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
                         help="noise: Gaussian noise in place of synthesised latents, to compare")
-    parser.add_argument("--peer", choices=("vos", "logitnorm"), help="train the student by this method in place of OAL")
-    parser.add_argument("--sigma", type=float, default=synthesize.SIGMA, help="noise about the boundary, at 768 dims")
-    parser.add_argument("--guidance", type=float, default=synthesize.GUIDANCE, help="weight of the condition in sampling")
-    for name, what in WEIGHTS.items():
-        parser.add_argument(f"--w-{name}", type=float, help=f"weight of {what}; 0 switches it off")
+    for name in RECIPES["released"]:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="weight of the term; 0 leaves it out")
     args = parser.parse_args()
-    args.arch = args.arch or ("resnet_small" if args.dataset == "shapes" else "resnet18")
-    if args.outliers == "noise" and args.micl in ("released", "club"):
-        evaluate.fail(f"--outliers noise is not for --micl {args.micl}, which never sends outliers through the network")
-    own = [name for name in WEIGHTS if getattr(args, f"w_{name}") is not None]
-    if args.peer and (own or args.benchmark or args.feat or args.micl or args.outliers != "diffusion"):
-        evaluate.fail("--peer is another objective than OAL's: leave out --w-*, --feat, --micl, --outliers and --benchmark")
+    args.arch = args.arch or ("resnet_tiny" if args.dataset == "shapes" else "resnet18")
     args.epochs = dict(ce=args.epochs, teacher=args.epochs, oal=args.epochs) if args.epochs else None
-    tier = TIERS["shapes" if args.dataset == "shapes" and args.arch == "resnet_small" else args.arch]
-    args.micl, args.feat = args.micl or tier["micl"], args.feat or tier["feat"]
-    if args.micl == "energy" and args.w_boundary:
-        evaluate.fail("--w-boundary is not for --micl energy, which has latent outliers alone: leave it out")
-    for name, value in {**tier, "w_feat": W_FEAT[args.feat]}.items():
+    given = [name for name in RECIPES["released"] if getattr(args, name) is not None]
+    if args.peer and (given or args.benchmark or args.recipe != "oal" or args.outliers != "diffusion"):
+        evaluate.fail("--peer is another objective than OAL's: leave out --recipe, --w-*, --outliers and --benchmark")
+    if args.recipe == "oal" and "w_boundary" in given:
+        evaluate.fail("--w-boundary is a weight of --recipe released: add that, or leave it out")
+    if args.recipe == "released" and args.outliers == "noise":
+        evaluate.fail("--outliers noise is not for --recipe released, which never sends outliers through the network")
+    for name, value in {**TIERS[args.arch], **({} if args.peer else RECIPES[args.recipe])}.items():
         if getattr(args, name, None) is None:
-            unused = args.peer and name.startswith("w_") or args.micl == "energy" and name == "w_boundary"
-            setattr(args, name, 0.0 if unused else value)
+            setattr(args, name, value)
     args.options = {name: value for name, value in vars(args).items()
                     if name not in ("data_root", "out", "device", "resume", "benchmark")}
     args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
@@ -500,8 +441,8 @@ def main():
         other = [name for name in {**saved["options"], **args.options}
                  if saved["options"].get(name, "absent") != args.options.get(name, "absent")]
         evaluate.fail(f"{args.out} holds a run with other options ({', '.join(other)}): resume with the same command")
-    held = [name for name in ("ce.pt", "teacher.pt", "outliers.pt", "vos.pt", "critic.pt", "student.pt", "results.json")
-            if (args.out / name).exists()]
+    held = [name for name in ("ce.pt", "teacher.pt", "outliers.pt", "vos.pt", "student.critic.pt", "student.pt",
+                              "results.json") if (args.out / name).exists()]
     if not args.benchmark and (saved and not args.resume or held and not saved):
         evaluate.fail(f"{args.out} holds another run's {', '.join(held) or 'checkpoint.pt'}: name another folder with "
                       "--out" + (", or go on with --resume" if saved else ""))
@@ -509,16 +450,13 @@ def main():
 
     # Images, and everything else that a user can get wrong, before the first second of training.
     ce = evaluate.load_network(args.ce, classes, args.arch) if args.ce else build(args.arch, classes, args.seed)
-    teacher = evaluate.load_network(args.teacher, classes) if args.teacher else None
-    if teacher and args.feat == "maps" and args.w_feat and teacher.conv1.weight.shape != ce.conv1.weight.shape:
-        evaluate.fail(f"the feature maps of --teacher {args.teacher} have other shapes than those of {args.arch}: add "
-                      "--feat released, or give a teacher of that arch")
+    teacher = evaluate.load_network(args.teacher, classes).to(args.device) if args.teacher else None
     if args.rank:
         dist.barrier()  # the first process downloads and decodes, the others read what it has left
     images, labels = (tensor.to(args.device) for tensor in evaluate.load(args.dataset, "train", args.data_root))
-    if len(images) < BATCH or labels.bincount(minlength=classes).min() < 2:
-        evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs {BATCH} images, and "
-                      "2 of each class")
+    if len(images) < args.batch or labels.bincount(minlength=classes).min() < 2:
+        evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs {args.batch} images, "
+                      "and 2 of each class")
     sets, missing = evaluate.load_benchmark(args.dataset, args.data_root)
     if args.rank == 0:
         if missing:
@@ -539,52 +477,48 @@ def main():
     # 1. The cross-entropy network: the baseline, the student's start.
     if not (args.out / "ce.pt").exists():  # else: a resumed run
         if not args.ce:
-            train("ce", ce, images, labels, args, {"ce": 1.0})
+            train("ce", ce, *ce_terms(ce, args), {"ce": 1.0}, images, labels, args, generator(args.seed, "ce"))
         save_network(ce, args, "ce.pt")
     load_weights(ce, args, "ce.pt")
 
     # 2. The teacher: what a second cycle of the same recipe, on the same images, makes of that network.
-    weights = weights_of(args)
-    if weights.keys() & {"kd", "feat"} and not teacher:
-        teacher = models.build(args.arch, classes)
+    weights, _ = objective(args)
+    if not weights.keys() & {"kd", "feat"}:
+        teacher = None
+    elif not teacher:
+        teacher = load_weights(models.build(args.arch, classes), args, "ce.pt")
         if not (args.out / "teacher.pt").exists():
-            load_weights(teacher, args, "ce.pt")
-            train("teacher", teacher, images, labels, args, {"ce": 1.0})
+            train("teacher", teacher, *ce_terms(teacher, args), {"ce": 1.0}, images, labels, args,
+                  generator(args.seed, "teacher"))
             save_network(teacher, args, "teacher.pt")
         load_weights(teacher, args, "teacher.pt")
 
     # 3. Outliers, from the cross-entropy network's features.
     outliers, begun = None, time.perf_counter()
     if weights.keys() & {"boundary", "latent", "vos"}:
-        file = "vos.pt" if args.peer else "outliers.pt"
+        file, g = "vos.pt" if args.peer else "outliers.pt", generator(args.seed, "synthesize")
         if not (args.out / file).exists():
-            g = generator(args.seed, "synthesize")
-            if args.peer == "vos":
+            if args.peer:
                 features = evaluate.outputs(ce, images, args.dataset, args.device)[1]
                 found = {"vos": synthesize.gaussian_outliers(features, labels.cpu(), args.per_class, g)}
             else:
-                found = synthesize.synthesize(ce, images, labels, args.dataset, args.per_class, args.sigma, args.guidance,
-                                              args.diffusion_steps, g, args.device)
+                found = synthesize.synthesize(ce, images, labels, args.dataset, args.per_class, args.diffusion_steps, g,
+                                              args.device)
             args.seconds["synthesize"] = time.perf_counter() - begun
             save({"stage": "synthesize", "seconds": args.seconds, "options": args.options}, args, "checkpoint.pt")
             save(found, args, file)
         outliers = torch.load(args.out / file, map_location=args.device, weights_only=True)
 
-    # 4. The student. What of MICL's level is linear in the start's features is added to fc, the rest it learns.
-    student, critic = models.build(args.arch, classes), None
+    # 4. The student, which starts as the cross-entropy network.
+    student = models.build(args.arch, classes)
     if not (args.out / "student.pt").exists():
         load_weights(student, args, "ce.pt")
-        if sends_outliers(args, weights) and args.micl == "energy":
-            if not (args.out / "critic.pt").exists():
-                begun = time.perf_counter()
-                taught = teacher if "feat" in weights and args.feat == "maps" else ce
-                save(make_critic(ce, taught, images, outliers, args), args, "critic.pt")
-                args.seconds["oal"] += time.perf_counter() - begun
-            critic = torch.load(args.out / "critic.pt", weights_only=True)
-            with torch.no_grad():
-                student.fc.weight += critic["u"]
-                student.fc.bias += critic["offset"]
-        train("oal", student, images, labels, args, weights, teacher, outliers, ce if critic else None, critic)
+        heads, terms, g = make_student(student, teacher, outliers, images, args)
+        train("oal", student, heads, terms, weights, images, labels, args, g)
+        if "critic" in heads:  # its mean as it will be measured: of all training images, in test mode
+            mean = evaluate.outputs(student, images, args.dataset, args.device)[1].mean(0)
+            a, tau = (value.detach().cpu() for value in (heads["critic"].log_a.exp(), heads["critic"].tau))
+            save({"mean": mean, "a": a, "tau": tau}, args, "student.critic.pt")
         save_network(student, args, "student.pt")
     load_weights(student, args, "student.pt")
 
