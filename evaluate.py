@@ -535,13 +535,30 @@ def load_benchmark(dataset, data_root, folders=()):
     return {**sets, **yours}, missing
 
 
-def reference(net, dataset, train_images, device):
-    """What scores may know of a network (see 'Scores'); the training set's outputs only where train_images is given."""
-    ref = {"weight": net.fc.weight.detach().cpu().float(), "bias": net.fc.bias.detach().cpu().float()}
+def reference(net, dataset, train_images, device, mean=None):
+    """What scores may know of a network (see 'Scores'); the training set's outputs only where train_images is given.
+
+    mean [D]: that of the training features where it is known already, as from a student's critic file.
+    """
+    ref = {"weight": net.fc.weight.detach().cpu().float(), "bias": net.fc.bias.detach().cpu().float(), "mean": mean}
     if train_images is not None:
         ref["logits"], ref["features"] = outputs(net, train_images, dataset, device)
         ref["mean"] = ref["features"].mean(0)
     return ref
+
+
+def load_critic(path, dim):
+    """The critic file beside weights NAME.pt, NAME.critic.pt -> losses.MICL; None where there is none."""
+    path = Path(path).with_suffix(".critic.pt")
+    if not path.exists():
+        return None
+    try:
+        critic = losses.MICL(**torch.load(path, map_location="cpu", weights_only=True))
+        if critic.mean.shape == (dim,) and all(v.isfinite().all() for v in critic.state_dict().values()):
+            return critic
+    except Exception:  # a text file, a truncated archive, other tensors
+        pass
+    fail(f"{path} is not the critic of the weights beside it: remove it, and the score goes without a probability")
 
 
 def confidences(net, images, dataset, device, scores, ref):
@@ -572,6 +589,16 @@ def evaluate(net, sets, dataset, device, scores, ref):
     return entry, by_set
 
 
+def headline(results):
+    """results.json's dict -> three lines: accuracy, near, far of the cross-entropy network and of the student."""
+    before, after = (results["models"][name] for name in ("ce", "oal"))
+    yield f"accuracy   {before['id_acc']:6.2f} -> {after['id_acc']:6.2f}   (cross-entropy -> student, percent)"
+    for group in ("near", "far"):
+        if group in before["scores"]["ebo"]:
+            old, new = before["scores"]["ebo"][group]["auroc"], after["scores"]["micl"][group]["auroc"]
+            yield f"{group + '-OOD':<10} {old:6.2f} -> {new:6.2f}   (AUROC by ebo -> AUROC by micl)"
+
+
 def table(results):
     """results.json's dict -> the lines of a table: per score and network, AUROC and FPR95 of every set and group."""
     first = next(iter(results["models"].values()))["scores"]
@@ -591,6 +618,53 @@ def table(results):
                                                         for cell, label in zip(cells, labels))
     if results["missing"]:
         yield f"missing, in no mean: {', '.join(results['missing'])}"
+
+
+RUN_WORDS = ("--seed", "--out", "--data-root", "--device", "--ce", "--teacher", "--resume")  # no row of their own
+
+
+def collect(paths):
+    """results.json files -> the lines of two Markdown tables: mean and standard deviation (n - 1) over the files of a row.
+
+    A row is one command, but for RUN_WORDS: the student that it made. The cross-entropy networks that the students started
+    from, one a seed, are the first row; a network measured by evaluate.py has a row under its name.
+    """
+    entries = {}  # (network, command) -> {seed or file: entry of a results.json}
+    for path in paths:
+        try:
+            results = json.loads(Path(path).read_text())
+            words = iter(results["command"].split())
+            kept = [word for word in words if not (word.split("=")[0] in RUN_WORDS
+                                                   and ("=" in word or word == "--resume" or next(words, None)))]
+            setting, trained = (results["dataset"], results.get("arch")), kept[0] == "train.py"
+            for name, entry in results["models"].items():
+                row = (*setting, name, " ".join(kept) if name == "oal" else "" if trained else "evaluate.py")
+                entries.setdefault(row, {})[results.get("seed", path)] = entry
+        except (OSError, ValueError, KeyError, IndexError, AttributeError) as problem:
+            fail(f"{path} is not a results.json of train.py or evaluate.py ({type(problem).__name__}): leave it out")
+
+    def cell(values):
+        return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+    rows = sorted(entries.items(), key=lambda item: item[0][2:] != ("ce", ""))  # else in the order of the files
+    shown = [score for score in ("ebo", "fdbd", "micl") if all(score in e["scores"] for r in entries.values() for e in r.values())]
+    yield "| network | runs | accuracy | score | near AUROC | near FPR95 | far AUROC | far FPR95 |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for (*_, name, command), row in rows:
+        row = list(row.values())
+        for score in shown:
+            first = [f"{name} `{command}`".replace(" ``", ""), len(row), cell([e["id_acc"] for e in row])] if score == shown[0] else [""] * 3
+            found = [cell([e["scores"][score][g][m] for e in row]) if all(g in e["scores"][score] for e in row) else ""
+                     for g in ("near", "far") for m in ("auroc", "fpr95")]
+            yield "| " + " | ".join(map(str, [*first, score, *found])) + " |"
+    sets = {name: one["n"] for row in entries.values() for e in row.values() for name, one in e["scores"][shown[0]]["sets"].items()}
+    yield ""
+    yield "| AUROC | score | " + " | ".join(f"{Path(name).name} ({n})" for name, n in sets.items()) + " |"
+    yield "|---" * (2 + len(sets)) + "|"
+    for (*_, name, command), row in rows:
+        for score in shown:
+            found = [[e["scores"][score]["sets"][s]["auroc"] for e in row.values() if s in e["scores"][score]["sets"]] for s in sets]
+            yield "| " + " | ".join([f"{name} `{command}`".replace(" ``", ""), score, *(cell(f) if f else "" for f in found)]) + " |"
 
 
 def check_plot(path):
@@ -677,7 +751,8 @@ def check_data_root(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument("checkpoints", nargs="+", help="one or more files of weights, each a column of the result")
+    parser.add_argument("checkpoints", nargs="*", help="one or more files of weights, each a column of the result")
+    parser.add_argument("--collect", nargs="+", metavar="RESULTS.json", help="print README's tables of these runs and stop")
     parser.add_argument("--dataset", choices=CLASSES, default="shapes", help="the ID set")
     parser.add_argument("--data-root", help="folder in the OpenOOD v1.5 layout, or where torchvision downloads (data)")
     parser.add_argument("--score", choices=[*SCORES, "all"], default="all")
@@ -685,18 +760,23 @@ def main():
     parser.add_argument("--flag", metavar="FOLDER", help="print path, score and verdict of each image there as CSV")
     parser.add_argument("--threshold-tpr", type=share, metavar="T",
                         help="print and store the threshold that accepts this share of the ID validation images")
-    parser.add_argument("--plot", metavar="FILE.png", help="histograms and ROC curves of the score (ebo for all)")
+    parser.add_argument("--plot", metavar="FILE.png", help="histograms and ROC curves of the score (micl for all)")
     parser.add_argument("--out", default="runs/evaluate", help="folder for results.json")
     parser.add_argument("--device", default=best_device())
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="surrogateescape")  # a file name that is not UTF-8 is printed as it is
+    if args.collect:
+        print("\n".join(collect(args.collect)))
+        return
+    if not args.checkpoints:
+        fail("no checkpoints: name one or more files of weights, or results with --collect")
     check_device(args.device)
     data_root = check_data_root(args)
     nets = {}
     for path in args.checkpoints:
         name = Path(path).stem if Path(path).stem not in nets else str(path)
         nets[name] = load_network(path, CLASSES[args.dataset])
-    one_score = "ebo" if args.score == "all" else args.score
+    one_score = "micl" if args.score == "all" else args.score
     scores = list(SCORES) if args.score == "all" else [args.score]
     lists = Path(data_root) / "benchmark_imglist"
     train_list = lists / args.dataset / f"train_{args.dataset}.txt"
@@ -708,18 +788,21 @@ def main():
         fail("--flag takes one checkpoint")
     if args.flag:  # a verdict per image; no benchmark
         net = next(iter(nets.values()))
+        critic = load_critic(args.checkpoints[0], net.fc.in_features) if one_score == "micl" else None
         images, paths, bad = read_folder(args.flag)
-        train = load(args.dataset, "train", data_root)[0] if one_score in NEED_TRAINING_SET else None
-        ref = reference(net, args.dataset, train, args.device)
+        need_train = one_score in NEED_TRAINING_SET and not critic
+        train = load(args.dataset, "train", data_root)[0] if need_train else None
+        ref = reference(net, args.dataset, train, args.device, critic and critic.mean)
         val = confidences(net, load(args.dataset, "val", data_root)[0], args.dataset, args.device, [one_score], ref)[0]
         threshold = threshold_at(val[one_score], args.threshold_tpr or 0.95)
-        conf, _ = confidences(net, images, args.dataset, args.device, [one_score], ref)
+        conf = confidences(net, images, args.dataset, args.device, [one_score], ref)[0][one_score]
+        p_id = critic.probability(conf).tolist() if critic else [None] * len(conf)
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["path", one_score, "verdict"])
-        for path, value in zip(paths, conf[one_score].tolist()):
-            writer.writerow([path, f"{value:.6f}", "ID" if value >= threshold else "OOD"])
+        writer.writerow(["path", one_score, "verdict"] + ["p_id"] * bool(critic))
+        for path, value, p in zip(paths, conf.tolist(), p_id):
+            writer.writerow([path, f"{value:.6f}", "ID" if value >= threshold else "OOD"] + ([f"{p:.4f}"] if critic else []))
         for path in bad:
-            writer.writerow([path, "", "unreadable"])
+            writer.writerow([path, "", "unreadable"] + [""] * bool(critic))
         print(f"threshold {threshold:.6f}; {len(paths)} images, {len(bad)} unreadable", file=sys.stderr)
         return
 

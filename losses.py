@@ -109,9 +109,9 @@ class MICL(nn.Module):
         distance = (features - self.mean).norm(dim=1)
         return (logits.amax(1) - logits.mean(1)) / distance.clamp_min(1e-12)
 
-    def log_odds(self, logits, features):
-        """log q(Z = 1|h) - log q(Z = 0|h), [B]: its sigmoid is the probability of ID."""
-        return self.log_a.exp() * (self.score(logits, features) - self.tau)
+    def probability(self, ratio):
+        """Ratios [B] of `score` -> q(Z = 1|h) [B], the probability of ID where ID and latents are equally likely."""
+        return (self.log_a.exp() * (ratio - self.tau)).sigmoid().detach()
 
     def forward(self, logits, features, is_id):
         """Logits [B, C], features [B, D], is_id bool [B] -> minus the bound in nats, a scalar above -log 2.
@@ -121,7 +121,7 @@ class MICL(nn.Module):
         """
         if self.training:
             self.mean.lerp_(features[is_id].detach().mean(0), 0.1)
-        odds = self.log_odds(logits, features)
+        odds = self.log_a.exp() * (self.score(logits, features) - self.tau)                # [B], in nats
         return 0.5 * (F.softplus(-odds[is_id]).mean() + F.softplus(odds[~is_id]).mean()) - math.log(2)
 
 

@@ -184,7 +184,8 @@ def test_resnet18_has_openoods_names():
     assert "layer1.0.shortcut.0.weight" not in shapes
 
 
-@pytest.mark.parametrize("arch, dim, parameters", [("resnet18", 512, 11173962), ("resnet_small", 256, 1228970)])
+@pytest.mark.parametrize("arch, dim, parameters", [("resnet18", 512, 11173962), ("resnet_small", 256, 1228970),
+                                                   ("resnet_tiny", 128, 308826)])
 def test_networks(arch, dim, parameters):
     net = models.build(arch, 10).eval()
     assert sum(p.numel() for p in net.parameters()) == parameters
@@ -311,7 +312,7 @@ def test_codec_is_fitted_to_all_classes(monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(synthesize, "stage2", stage2)
     with pytest.raises(KeyboardInterrupt):
-        synthesize.synthesize(None, images, images[:, 0, 0, 0].long(), "shapes", 1, 0.07, 1.0, 10, rng(), "cpu")
+        synthesize.synthesize(None, images, images[:, 0, 0, 0].long(), "shapes", 1, 10, rng(), "cpu")
     assert seen[0][:, 0, 0, 0].bincount().tolist() == [200] * 10
 
 
@@ -402,13 +403,13 @@ def feature_gradient(loss, batches, weight):
     return grads.mean(0).norm().item(), grads.flatten(1).norm(dim=1).mean().item()
 
 
-def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has_not():
+def test_released_micl_has_a_gradient_of_expectation_zero_and_micl_has_not():
     """Features relu(x W), outliers drawn apart from them. Averaged over batches the released term's gradient shrinks
-    like 1 / sqrt(batches), as noise does; that of CLUB on dependent pairs and those of the mended term stay."""
+    like 1 / sqrt(batches), as noise does; that of CLUB on dependent pairs and that of MICL stay."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         club, head = losses.CLUB(5, 6, 16), torch.nn.Linear(6, 4)
-    weight, frozen = torch.randn(5, 6, generator=rng(99)).requires_grad_(), torch.randn(5, 6, generator=rng(98))
+    weight, critic = torch.randn(5, 6, generator=rng(99)).requires_grad_(), losses.MICL(torch.ones(6), 2.0, 0.5).eval()
 
     def released(w, g):
         return losses.micl_released(club, torch.randn(64, 5, generator=g) + 1, (torch.randn(64, 5, generator=g) @ w).relu())
@@ -417,14 +418,10 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has
         x = torch.randn(64, 5, generator=g)
         return club(x + 0.3 * torch.randn(64, 5, generator=g), (x @ w).relu())
 
-    def mended(w, g):  # its outlier half: a regression of ID images alone would have a gradient too
+    def micl(w, g):
         inlier, outlier = torch.randn(64, 5, generator=g), torch.randn(64, 5, generator=g) + 1
-        id_levels, outlier_levels = (losses.level((x @ frozen).relu(), torch.ones(6), 3.0, 0.8) for x in (inlier, outlier))
-        return losses.micl_energy(head((inlier @ w).relu()).detach(), head((outlier @ w).relu()), id_levels, outlier_levels)
-
-    def bound(w, g):
-        inlier, outlier = torch.randn(64, 5, generator=g), torch.randn(64, 5, generator=g) + 1
-        return losses.micl_bound(head((inlier @ w).relu()), head((outlier @ w).relu()))
+        h = (torch.cat([inlier, outlier]) @ w).relu()
+        return critic(head(h), h, torch.arange(128) < 64)
 
     mean, single = feature_gradient(released, 1600, weight)
     assert mean < 2 * single / math.sqrt(1600)
@@ -433,106 +430,73 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_the_mended_one_has
     for seed in range(200):
         x = torch.randn(64, 5, generator=rng(seed))
         optimizer.zero_grad()
-        (-club.log_likelihood(x + 0.3 * torch.randn(64, 5, generator=rng(seed + 1000)), (x @ weight.detach()).relu())).backward()
+        y = (x @ weight.detach()).relu()
+        (-club.log_likelihood(x + 0.3 * torch.randn(64, 5, generator=rng(seed + 1000)), y)).backward()
         optimizer.step()
     mean, single = feature_gradient(released, 1600, weight)          # a fitted q does not mend the pairing
     assert mean < 2 * single / math.sqrt(1600)
-    for loss in (dependent, mended, bound):
+    for loss in (dependent, micl):
         mean, single = feature_gradient(loss, 400, weight)
         assert mean > 0.4 * single
 
 
-def test_micl_bound_is_a_bound_on_the_information():
-    """Closed forms: equal energies -> 0; far apart -> -log 2; in between by hand; never below minus the information."""
-    logits = lambda energy: torch.stack([energy - 40, energy], dim=1)                # log-sum-exp = energy
-    value = lambda a, b: losses.micl_bound(logits(torch.tensor(a)), logits(torch.tensor(b))).item()
-    assert abs(value([2.0, 2.0], [2.0])) < 1e-6
-    assert abs(value([90.0] * 3 + [290.0] * 8, [-910.0]) + math.log(2)) < 1e-6       # t = 90 - 100: the lowest are told too
-    t = 7.2 - 0.1 * 5.2                                                              # a tenth up the ID, a tenth down to 2
-    by_hand = 0.5 * (sum(math.log(1 + math.exp(t - e)) for e in (7, 9)) / 2 + math.log(1 + math.exp(2 - t)))
-    assert abs(value([7.0, 9.0], [1.0, 3.0]) - by_hand + math.log(2) - 0.25 * sum(
-        math.log(1 + math.exp(e - t)) - math.log(1 + math.exp(2 - t)) for e in (1, 3))) < 1e-6
-    # Energies N(1, 1) and N(-1, 1): sigmoid(2 E) would be the exact posterior; q = sigmoid(E - t) gives a lower bound.
-    e = torch.randn(2, 200000, generator=rng()).double()
-    bound_of = lambda slope, t: math.log(2) - 0.5 * (F.softplus(-slope * (e[0] + 1 - t)).mean()
-                                                     + F.softplus(slope * (e[1] - 1 - t)).mean()).item()
-    bound = -losses.micl_bound(logits(e[0] + 1), logits(e[1] - 1)).item()
-    assert abs(bound - bound_of(1, 0.9 * (1 - 1.2816) - 0.1)) < 1e-3 and bound < bound_of(2, 0) < math.log(2)
-    # Its gradient raises ID energies and lowers those of outliers.
-    inlier, outlier = (torch.zeros(3, 5, requires_grad=True) for _ in range(2))
-    losses.micl_bound(inlier, outlier).backward()
-    assert (inlier.grad < 0).all() and (outlier.grad > 0).all()
-    # By hand, one logit each, t = 3 + a tenth of 1: none through t, hardly any to ID images well above it.
-    inlier, outlier = torch.tensor([[2.0], [7.0], [9.0]], requires_grad=True), torch.tensor([[4.0]], requires_grad=True)
-    losses.micl_bound(inlier, outlier).backward()
-    assert torch.allclose(inlier.grad, -torch.sigmoid(3.1 - inlier) / 6, atol=1e-6)
-    assert torch.allclose(outlier.grad, torch.sigmoid(outlier - 3.1) / 2, atol=1e-6)
+def test_micl_ratio_and_bound_by_hand():
+    """Top logit 3 above a mean of 1, feature (3, 4) from the mean (0, 0): 2 / 5; then the bound of one ID row and one outlier."""
+    logits, features = torch.tensor([[3.0, 1.0, -1.0], [0.0, 0.0, 3.0]]), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    critic = losses.MICL(torch.zeros(2), a=3.0, tau=0.5).eval()
+    assert torch.allclose(critic.score(logits, features), torch.tensor([0.4, 1.0]))
+    assert torch.allclose(critic.score(logits + 7, features), torch.tensor([0.4, 1.0]))      # no offset of the logits,
+    assert torch.allclose(critic.score(logits * 9, features * 9), torch.tensor([0.4, 1.0]))  # and no length changes it
+    by_hand = 0.5 * (math.log(1 + math.exp(-3 * -0.1)) + math.log(1 + math.exp(3 * 0.5))) - math.log(2)
+    assert abs(critic(logits, features, torch.tensor([True, False])).item() - by_hand) < 1e-6
+    assert torch.allclose(critic.probability(torch.tensor([0.5, 1.0])), torch.tensor([0.5, 1 / (1 + math.exp(-1.5))]))
+    assert critic.score(logits, torch.zeros(2, 2)).isfinite().all()                          # a feature at the centre
+    assert losses.MICL(torch.zeros(2), a=1e-9)(logits, features, torch.tensor([True, False])).abs() < 1e-6   # says nothing
+    assert abs(losses.MICL(torch.zeros(2), a=1e4, tau=0.7).eval()(logits, features, torch.tensor([False, True]))
+               + math.log(2)) < 1e-6                                                         # all are told
 
 
-def test_micl_bound_rests_once_outliers_are_far():
-    """No lift without end: however alike the ID energies are, the gradient dies as outliers fall away."""
-    lift = {}
-    for distance in (0.0, 200.0):
-        inlier = torch.tensor([[10.0], [10.1], [10.2]], requires_grad=True)
-        losses.micl_bound(inlier, torch.tensor([[10.0 - distance]])).backward()
-        lift[distance] = -inlier.grad.sum()
-    assert lift[0.0] > 0.1 and lift[200.0] < 1e-6
+def test_micl_is_a_bound_on_the_information_and_reaches_it():
+    """Ratios N(11, 1) of ID and N(9, 1) of outliers: log density ratio 2 (r - 10), so a = 2, tau = 10 give I(h; Z) itself."""
+    r = torch.cat([11 + torch.randn(100000, generator=rng()), 9 + torch.randn(100000, generator=rng(1))])
+    logits, features = torch.tensor([[1.0, -1.0]]).expand(len(r), 2), (1 / r)[:, None]       # m = 1 and d = 1 / r
+    is_id = torch.arange(len(r)) < 100000
+    x = torch.linspace(-10, 10, 100001).double()
+    density = lambda x, mean: torch.exp(-(x - mean) ** 2 / 2) / math.sqrt(2 * math.pi)
+    p, q = density(x, 1), density(x, -1)
+    information = torch.trapezoid(0.5 * (p * (2 * p / (p + q)).log() + q * (2 * q / (p + q)).log()), x).item()
+    bound = lambda critic: -critic.eval()(logits, features, is_id).item()
+    assert abs(bound(losses.MICL(torch.zeros(1), 2.0, 10.0)) - information) < 3e-3
+    assert all(bound(losses.MICL(torch.zeros(1), *other)) < information - 3e-3 for other in ((1, 10), (4, 10), (2, 9.5)))
+    critic = losses.MICL(torch.zeros(1), 0.7, 9.0).eval()
+    optimizer = torch.optim.LBFGS(critic.parameters(), max_iter=50, line_search_fn="strong_wolfe")
+    def closure():
+        optimizer.zero_grad()
+        loss = critic(logits, features, is_id)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    assert abs(critic.log_a.exp() - 2) < 0.05 and abs(critic.tau - 10) < 0.05
 
 
-def test_fit_critic_finds_the_density_ratio_of_gaussians():
-    """Distances N(1, 1) of ID images and N(3, 1) of outliers: log p / q = 4 - 2 d. What energies say is left out of c."""
-    inlier, outlier = torch.randn(200000, generator=rng()) + 1, torch.randn(50000, generator=rng(1)) + 3
-    zeros = torch.zeros(200000)
-    assert abs(losses.fit_critic(zeros, inlier, zeros[:50000], outlier) - 2) < 0.05
-    assert abs(losses.fit_critic(inlier, inlier, outlier, outlier) - 3) < 0.05       # an energy that grows with distance
-    assert abs(losses.fit_critic(-2 * inlier, inlier, -2 * outlier, outlier)) < 0.05  # one that says it all
-    assert abs(losses.fit_critic(zeros, inlier, zeros[:50000], inlier[:50000])) < 0.05  # nothing to tell
-    assert abs(losses.fit_critic(zeros, 10 * inlier, zeros[:50000], 10 * outlier) - 0.2) < 0.005
-
-
-def test_whitening_by_hand():
-    """Without a ridge uncorrelated units of variance 1, with it the Mahalanobis distance by the inverse; dead units stay finite."""
-    points = torch.randn(500, 6, generator=rng(), dtype=torch.float64) @ torch.randn(6, 6, generator=rng(1), dtype=torch.float64) + 3
-    assert torch.allclose(torch.cov((points @ losses.whitening(points, ridge=0)).T), torch.eye(6).double(), atol=1e-6)
-    x = (points - points.mean(0)) / points.std(0)
-    inverse = torch.linalg.inv(torch.corrcoef(points.T) + 0.1 * torch.eye(6))
-    found = ((points - points.mean(0)) @ losses.whitening(points)).norm(dim=1)
-    assert torch.allclose(found, (x @ inverse * x).sum(1).sqrt(), rtol=1e-6)
-    assert torch.allclose(((points - points.mean(0)) * 7 @ losses.whitening(points * 7)).norm(dim=1), found, rtol=1e-6)
-    dead = torch.cat([points, torch.ones(500, 1)], dim=1)
-    fires = torch.eye(7).double()[6] * 0.01 * points.std(0).mean()                          # a hundredth of the others' spread
-    assert (fires @ losses.whitening(dead)).norm() < 6
-
-
-def test_level_by_hand():
-    found = losses.level(torch.tensor([[4.0, 6.0], [1.0, 2.0]]), torch.tensor([1.0, 2.0]), 2.0, 0.5)
-    assert found.tolist() == [-1.5, 1.0]                                             # -0.5 (5 - 2), -0.5 (0 - 2)
-
-
-def test_open_direction_moves_energies_and_no_probability():
-    features, weight = torch.randn(500, 6, generator=rng()), torch.randn(4, 6, generator=rng(1))
-    u, offset = losses.open_direction(features, features @ weight[0] + 3, ridge=1e-9)
-    assert torch.allclose(u, weight[0], atol=1e-4) and abs(offset - 3) < 1e-4
-    before, after = features @ weight.T, features @ (weight + u).T + offset
-    assert torch.allclose(after.softmax(1), before.softmax(1), atol=1e-5)
-    assert torch.allclose(after.logsumexp(1) - before.logsumexp(1), features @ weight[0] + 3, atol=1e-4)
-    # The best linear map of levels that are not: no other has a smaller squared error.
-    levels = losses.level(features, torch.ones(6), 3.0, 0.8)
-    u, offset = losses.open_direction(features, levels)
-    error = lambda u, offset: (features @ u + offset - levels).square().mean()
-    assert all(error(u, offset) < error(u + 0.1 * step, offset) for step in torch.cat([torch.eye(6), -torch.eye(6)]))
-    assert min(error(u, offset + 0.05), error(u, offset - 0.05)) > error(u, offset) and error(u, offset) < 0.8 * levels.var()
-
-
-def test_micl_energy_by_hand():
-    """Smooth L1 between the mean logit and the level, outliers half as heavy; the gradient leaves probabilities alone."""
-    inlier = torch.tensor([[3.0, 1.0], [0.0, 4.0]], requires_grad=True)
-    outlier = torch.tensor([[-2.0, 0.0]], requires_grad=True)
-    loss = losses.micl_energy(inlier, outlier, torch.tensor([1.5, 2.0]), torch.tensor([-4.0]))
-    assert abs(loss.item() - (0.5 * 0.5 ** 2 / 2 + 0.5 * (3 - 0.5))) < 1e-6
-    loss.backward()
-    assert torch.allclose(inlier.grad, torch.tensor([[0.125, 0.125], [0.0, 0.0]]))
-    assert torch.allclose(outlier.grad, torch.tensor([[0.25, 0.25]]))
+def test_micl_moves_ratios_apart_and_its_mean_by_id_features_alone():
+    logits, features = torch.randn(12, 5, generator=rng()), torch.randn(12, 4, generator=rng(1)) + 3
+    is_id, critic = torch.arange(12) < 8, losses.MICL.start(logits[:8], features[:8])
+    ratio = critic.score(logits[:8], features[:8])
+    assert critic.mean.equal(features[:8].mean(0)) and abs(critic.log_a.exp() * ratio.std() - 1) < 1e-5
+    assert abs(critic.tau - ratio.quantile(0.05)) < 1e-6
+    logits.requires_grad_()
+    critic.eval()(logits, features, is_id).backward()
+    top = logits.grad[torch.arange(12), logits.argmax(1)]
+    assert (top[:8] < 0).all() and (top[8:] > 0).all()                                     # ID ratios rise, outliers' fall
+    before = critic.mean.clone()
+    critic(logits, features + 1, is_id)
+    assert critic.mean.equal(before)                                                       # test mode
+    features = (features + 1).requires_grad_()
+    critic.train()(logits, features, is_id)
+    assert torch.allclose(critic.mean, before + 0.1, atol=1e-6) and not critic.mean.requires_grad
+    critic.train()(logits, torch.cat([features[:8].detach(), features[8:] * 99]), is_id)
+    assert torch.allclose(critic.mean, before + 0.19, atol=1e-6)
 
 
 def test_logit_norm_by_hand():
@@ -580,7 +544,7 @@ def toy():
     g = rng(3)
     weight, bias = torch.randn(5, 12, generator=g), torch.randn(5, generator=g)
     bank, features = torch.randn(200, 12, generator=g).relu(), torch.randn(30, 12, generator=g).relu()
-    ref = {"weight": weight, "bias": bias, "features": bank, "logits": bank @ weight.T + bias}
+    ref = {"weight": weight, "bias": bias, "features": bank, "logits": bank @ weight.T + bias, "mean": bank.mean(0)}
     return features @ weight.T + bias, features, ref
 
 
@@ -608,7 +572,8 @@ def test_scores_against_loops(toy):
             "gen": -(p ** 0.1 * (1 - p) ** 0.1).sum(),
             "vim": energy(h) - alpha * residual(h),
             "fdbd": np.mean([(l[c] - l[k]) / np.linalg.norm(w[c] - w[k]) for k in range(5) if k != c])
-                    / np.linalg.norm(h - bank.mean(0))}
+                    / np.linalg.norm(h - bank.mean(0)),
+            "micl": (l.max() - l.mean()) / np.linalg.norm(h - bank.mean(0))}
         assert set(expected) == set(found)
         for name, value in expected.items():
             assert abs(found[name][i].item() - value) < 1e-3 * max(1, abs(value)), name
@@ -711,9 +676,10 @@ def test_threshold_accepts_the_share():
     (evaluate, "no.pt", "no.pt"), (evaluate, "", "checkpoints"), (evaluate, "x.pt --score best", "best"),
     (evaluate, "x.pt --threshold-tpr 1.5", "1.5"), (evaluate, "x.pt --threshold-tpr some", "some"),
     (synthesize, "no.pt", "no.pt"), (synthesize, "x.pt --device abacus", "abacus"),
-    (train, "--outliers noise --micl club", "--outliers noise"), (train, "--peer vos --w-kd 1", "--peer"),
-    (train, "--peer logitnorm --benchmark", "--peer"), (train, "--peer vos --feat maps", "--peer"),
-    (train, "--peer vos --micl energy", "--peer"), (train, "--micl energy --w-boundary 1", "--w-boundary"),
+    (train, "--outliers noise --recipe released", "--outliers noise"), (train, "--peer vos --w-kd 1", "--peer"),
+    (train, "--peer logitnorm --benchmark", "--peer"), (train, "--peer vos --recipe released", "--peer"),
+    (train, "--w-boundary 1", "--w-boundary"), (train, "--recipe best", "best"),
+    (evaluate, "--collect no.json", "no.json"),
     (synthesize, "x.pt --per-class none", "whole number"), (synthesize, "x.pt --show x.abc", "--show")])
 def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", *words.split(), "--out", str(tmp_path / "out")])

@@ -199,7 +199,8 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, keep=True)
     groups = [{"params": list(net.parameters())}, *({"params": list(head.parameters()), **HEADS.get(name, {})}
                                                      for name, head in heads.items())]
     optimizer = torch.optim.SGD(groups, **recipe)
-    trained, X
+    trained = [p for group in groups for p in group["params"]]
+    base_rates = [group["lr"] for group in optimizer.param_groups]
 
     steps, first_epoch = epochs * ((len(images) - 2 * world) // args.batch + 1), 0
     state = dict(net=net, heads=heads, optimizer=optimizer)
@@ -538,7 +539,7 @@ def main():
                "command": " ".join(["train.py", *sys.argv[1:]]), "device": args.device, "options": args.options,
                "versions": evaluate.versions(), "seconds": seconds, "missing": missing, "models": found}
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    print("\n".join(evaluate.table(results)))
+    print("\n".join([*evaluate.headline(results), "", *evaluate.table(results)]))
     print(f"written: {args.out / 'results.json'}")
 
 
