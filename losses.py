@@ -119,10 +119,13 @@ class MICL(nn.Module):
         0 says nothing, -log 2 that every image is told. In training mode the running mean moves a tenth of the way to that of
         the ID features. Without an ID row or an outlier the result is NaN.
         """
+        n_id, n_outliers = is_id.sum(), (~is_id).sum()
         if self.training:
-            self.mean.lerp_(features[is_id].detach().mean(0), 0.1)
-        odds = self.log_a.exp() * (self.score(logits, features) - self.tau)                # [B], in nats
-        return 0.5 * (F.softplus(-odds[is_id]).mean() + F.softplus(odds[~is_id]).mean()) - math.log(2)
+            self.mean.lerp_((features.detach() * is_id[:, None]).sum(0) / n_id, 0.1)
+        odds = self.log_a.exp() * (self.score(logits, features) - self.tau)               # [B], log q(1|h) / q(0|h)
+        wrong = F.softplus(torch.where(is_id, -odds, odds))                               # [B], -log q(Z|h)
+        return (wrong * torch.where(is_id, 0.5 / n_id, 0.5 / n_outliers)).sum() - math.log(2)
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------

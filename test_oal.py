@@ -758,8 +758,8 @@ def tiny(monkeypatch):
     """The embedded images, few of them, and a short diffusion, for whole runs in seconds."""
     monkeypatch.setattr(evaluate, "SHAPES_SIZES", {"train": 300, "val": 60, "test": 80, "held_out": 60, "noise": 40,
                                                    "stripes": 40, "flat": 40, "gradient": 40, "blobs": 40})
-    monkeypatch.setitem(train.TIERS, "shapes", dict(train.TIERS["shapes"], per_class=4, diffusion_steps=10,
-                                                      epochs=dict(ce=2, teacher=2, oal=2)))
+    monkeypatch.setitem(train.TIERS, "resnet_tiny", dict(train.TIERS["resnet_tiny"], per_class=4, diffusion_steps=10,
+                                                         epochs=dict(ce=2, teacher=2, oal=2)))
 
     def go(out, *words):
         monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--device", "cpu", *map(str, words)])
@@ -769,7 +769,8 @@ def tiny(monkeypatch):
 
 def contents(folder):
     """Everything in a run's folder that must not depend on the clock."""
-    files = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("ce", "teacher", "outliers", "critic", "student")}
+    files = {name: torch.load(folder / f"{name}.pt", weights_only=True)
+             for name in ("ce", "teacher", "outliers", "student.critic", "student")}
     results = json.loads((folder / "results.json").read_text())
     return files, results["models"]
 
@@ -782,7 +783,6 @@ def assert_same(a, b):
 
 
 def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatch, capsys):
-    train.TIERS["shapes"].update(micl="energy", feat="maps")                               # CIFAR's forms; tiny restores them
     tiny(tmp_path / "a")
     tiny(tmp_path / "b")
     first = contents(tmp_path / "a")
@@ -807,10 +807,20 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
     files, found = first
     outliers, results = files["outliers"], json.loads((tmp_path / "a" / "results.json").read_text())
     assert outliers["boundary"].dtype == outliers["latent"].dtype == torch.float32
-    assert outliers["boundary"].shape == (32, 256) and len(outliers["latent"]) == 32
+    assert outliers["boundary"].shape == (32, 128) and len(outliers["latent"]) == 32
     assert outliers["boundary_labels"].bincount().tolist() == outliers["latent_labels"].bincount().tolist() == [4] * 8
     assert {"dataset", "arch", "seed", "command", "device", "versions", "seconds", "missing", "models"} <= set(results)
-    assert {"msp", "mls", "ebo", "knn"} <= set(found["ce"]["scores"]) and set(found) == {"ce", "oal"}
+    assert {"msp", "mls", "ebo", "knn", "fdbd", "micl"} <= set(found["ce"]["scores"]) and set(found) == {"ce", "oal"}
+    assert results["options"]["recipe"] == "oal" and results["options"]["w_latent"] == 1.0
+
+    # The critic's file: the mean of the training features as they are measured, a and tau trained, the score the same by it.
+    images, critic = evaluate.load("shapes", "train")[0], files["student.critic"]
+    student = evaluate.load_network(tmp_path / "a" / "student.pt", 8)
+    ref = evaluate.reference(student, "shapes", images, "cpu")
+    assert set(critic) == {"mean", "a", "tau"} and critic["mean"].dtype == torch.float32 and critic["a"] > 0
+    assert torch.allclose(critic["mean"], ref["mean"]) and critic["a"].shape == critic["tau"].shape == ()
+    logits, features = evaluate.outputs(student, images, "shapes", "cpu")
+    assert torch.allclose(losses.MICL(**critic).score(logits, features), evaluate.micl(logits, features, ref))
     row = found["oal"]["scores"]["ebo"]
     assert row["sets"]["held_out"]["group"] == "near" and row["sets"]["held_out"]["n"] == 60
     assert abs(row["far"]["auroc"] - np.mean([s["auroc"] for s in row["sets"].values() if s["group"] == "far"])) < 1e-9
@@ -828,59 +838,86 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
 
 
 def test_each_stage_has_epochs_of_its_own(tiny, tmp_path, capsys):
-    """Those of the tier, or for all of them those of the command line."""
-    train.TIERS["shapes"].update(epochs=dict(ce=1, teacher=3, oal=2))                      # tiny restores them
+    """Those of the arch, or for all of them those of the command line; and the run ends with what it changed, in three lines."""
+    train.TIERS["resnet_tiny"].update(epochs=dict(ce=1, teacher=3, oal=2))                 # tiny restores them
     for words, expected in (((), (1, 3, 2)), (("--epochs", "1"), (1, 1, 1))):
         tiny(tmp_path / str(len(words)), *words)
-        said = [line.split(", ")[0] for line in capsys.readouterr().out.splitlines() if ": epoch" in line]
+        lines = capsys.readouterr().out.splitlines()
+        said = [line.split(", ")[0] for line in lines if ": epoch" in line]
         assert said == [f"{stage}: epoch {i + 1}/{n}" for stage, n in zip(("ce", "teacher", "oal"), expected) for i in range(n)]
+    found = json.loads((tmp_path / "2" / "results.json").read_text())["models"]
+    first = next(i for i, line in enumerate(lines) if line.startswith("accuracy "))
+    values = [(found["ce"]["id_acc"], found["oal"]["id_acc"]),
+              *((found["ce"]["scores"]["ebo"][group]["auroc"], found["oal"]["scores"]["micl"][group]["auroc"])
+                for group in ("near", "far"))]
+    for line, (before, after) in zip(lines[first:first + 3], values):
+        assert f"{before:.2f} -> " in line and f"-> {after:6.2f} " in line
 
 
 def test_switched_off_terms_and_shared_start(tiny, tmp_path):
     """All weights 0 is cross-entropy alone and needs no outliers; --ce starts from another run's network."""
-    tiny(tmp_path / "a", *"--w-kd 0 --w-feat 0 --w-boundary 0 --w-latent 0".split())
+    tiny(tmp_path / "a", *"--w-kd 0 --w-feat 0 --w-latent 0".split())
     assert not (tmp_path / "a" / "outliers.pt").exists() and not (tmp_path / "a" / "teacher.pt").exists()
-    tiny(tmp_path / "b", "--ce", tmp_path / "a" / "ce.pt", *"--w-kd 0 --w-feat 0 --w-boundary 0 --w-latent 0".split())
+    tiny(tmp_path / "b", "--ce", tmp_path / "a" / "ce.pt", *"--w-kd 0 --w-feat 0 --w-latent 0".split())
     for name in ("ce", "student"):
         a, b = (torch.load(tmp_path / run / f"{name}.pt", weights_only=True) for run in "ab")
         assert all(a[key].equal(b[key]) for key in a)
 
 
-def test_every_ablation_changes_the_student(tiny, tmp_path, capsys):
+def test_every_ablation_changes_the_student(tiny, tmp_path):
     """From one network and one teacher: the same bits as the run that made them, and no two options the same weights."""
     tiny(tmp_path / "default")
     shared = "--ce", tmp_path / "default" / "ce.pt", "--teacher", tmp_path / "default" / "teacher.pt"
-    torch.save(train.build("resnet18", 8, 0).state_dict(), tmp_path / "18.pt")       # a teacher of another arch
+    torch.save(train.build("resnet_small", 8, 0).state_dict(), tmp_path / "small.pt")   # a teacher of another arch
     tiny(tmp_path / "again", *shared)
-    cifar = "--micl", "energy", "--feat", "maps"
-    tiny(tmp_path / "whole", *cifar)
-    tiny(tmp_path / "parts", *shared, *cifar)
-    for run, other in (("again", "default"), ("parts", "whole")):
-        again, first = (torch.load(tmp_path / name / "student.pt", weights_only=True) for name in (run, other))
+    for name in ("student", "student.critic"):
+        again, first = (torch.load(tmp_path / run / f"{name}.pt", weights_only=True) for run in ("again", "default"))
         assert all(again[key].equal(first[key]) for key in first)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
-    for i, words in enumerate(("--micl released", "--micl club", "--outliers noise", "--micl energy",
-                               "--micl energy --outliers noise", "--feat maps", "--w-kd 0", "--w-feat 0", "--w-boundary 0", "--w-latent 0",
+    for i, words in enumerate(("--recipe released", "--recipe released --w-boundary 0", "--recipe released --w-boundary 0 --w-latent 0",
+                               "--outliers noise", "--w-kd 0", "--w-feat 0", "--w-latent 0", "--w-kd 0 --w-feat 0",
                                "--peer vos", "--peer logitnorm",
-                               f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/18.pt")):
+                               f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/small.pt")):
         tiny(tmp_path / str(i), *shared, *words.split())
         students.append(torch.load(tmp_path / str(i) / "student.pt", weights_only=True)["conv1.weight"])
         assert not any(students[-1].equal(other) for other in students[:-1]), words
-    with pytest.raises(SystemExit) as stop:                                          # maps of other shapes
-        tiny(tmp_path / "wide", *shared[:2], "--teacher", tmp_path / "18.pt", "--feat", "maps")
-    assert stop.value.code == 2 and not (tmp_path / "wide").exists() and "--feat released" in capsys.readouterr().err
+        has_critic = (tmp_path / str(i) / "student.critic.pt").exists()
+        assert has_critic == ("released" not in words and "peer" not in words and "latent" not in words)
+
+    # The rows of README: one command a row, the starts once, over seeds.
+    for seed in (1, 2):
+        tiny(tmp_path / f"seed{seed}", *shared, "--seed", seed)
+    lines = list(evaluate.collect([tmp_path / run / "results.json" for run in ("default", "seed1", "seed2", "3", "4")]))
+    load = lambda run, name: json.loads((tmp_path / run / "results.json").read_text())["models"][name]
+    rows = [line.split(" | ") for line in lines if line.startswith("| ce ") or line.startswith("| oal ")]
+    assert [row[:2] for row in rows[:4]] == [["| ce", "3"], ["| oal `train.py`", "3"], ["| oal `train.py --outliers noise`", "1"],
+                                             ["| oal `train.py --w-kd 0`", "1"]]
+    near = [load(run, "oal")["scores"]["ebo"]["near"]["auroc"] for run in ("default", "seed1", "seed2")]
+    assert rows[1][4] == f"{np.mean(near):.2f} ± {np.std(near, ddof=1):.2f}" and rows[1][3] == "ebo"
+    assert rows[2][6] == f"{load('3', 'oal')['scores']['ebo']['far']['auroc']:.2f}"
 
 
-def test_maps_are_distilled_from_the_image_itself_at_each_stage():
-    """With outliers in the batch: 0 from a teacher like the student; where one stage of it is doubled, that stage's 1/4."""
-    net, teacher = (train.build("resnet_small", 8, 0).eval() for _ in range(2))
+def test_a_step_of_the_student(monkeypatch):
+    """Latents stand behind the images: told 0 by MICL, in no other term. Maps are distilled from the image itself at each
+    stage: 0 from a teacher like the student; where one stage of it is doubled, that stage's 1/4."""
+    net, teacher = (train.build("resnet_tiny", 8, 0).eval() for _ in range(2))
     x, y = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=rng()), torch.arange(6)
-    args = argparse.Namespace(dataset="shapes", device="cpu", micl="bound", feat="maps", outliers="diffusion", rank=0, world=1)
+    args = argparse.Namespace(dataset="shapes", device="cpu", outliers="diffusion", rank=0, world=1, batch=8)
     maps = net.lower(evaluate.normalize(x, "shapes")).detach()
     outliers = {"latent": torch.randn(9, 5, generator=rng(1)), **synthesize.fit_codec(maps)}
-    found = lambda: train.loss_terms(net, {}, x, y, args, {"feat": 1.0, "latent": 1.0}, teacher, outliers, None, None, None, rng())
-    assert found()["feat"].item() < 1e-3 and found()["latent"].item() != 0
-    real = models.ResNet.upper
+    heads, terms = train.oal_terms(net, teacher, outliers, x, args, rng())
+    logits, features = evaluate.outputs(net, x, "shapes", "cpu")
+    start = losses.MICL.start(logits, features)
+    assert all(torch.allclose(value, start.state_dict()[name]) for name, value in heads["critic"].state_dict().items())
+    told, forward = [], losses.MICL.forward
+    monkeypatch.setattr(losses.MICL, "forward", lambda *words: told.append(words[1:]) or forward(*words))
+    found = terms(x, y)
+    assert set(found) == {"ce", "kd", "feat", "latent"} and found["kd"] < 1e-3 and found["feat"] < 1e-3
+    assert abs(found["ce"] - F.cross_entropy(logits, y)) < 2e-2
+    logits_told, features_told, is_id = told[0]
+    assert is_id.tolist() == [True] * 6 + [False] * 2 and torch.allclose(logits_told[:6], logits, atol=0.05)
+    assert len(features_told) == 8 and (features_told[6:] - features[:2]).abs().max() > 0.01
+    real, lower = models.ResNet.upper, models.ResNet.lower
     for stage in (0, 1):
         def doubled(self, maps, return_maps=False):
             features, later = real(self, maps, return_maps=True)
@@ -888,129 +925,91 @@ def test_maps_are_distilled_from_the_image_itself_at_each_stage():
             return (features, later) if return_maps else features
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(models.ResNet, "upper", doubled)
-            assert abs(found()["feat"].item() - 0.25) < 2e-3
-    lower = models.ResNet.lower
+            assert abs(terms(x, y)["feat"].item() - 0.25) < 2e-3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models.ResNet, "lower", lambda self, x: lower(self, x) * (2 if self is teacher else 1))
-        patch.setattr(models.ResNet, "upper", lambda self, maps, return_maps=False: real(self, maps / (2 if self is teacher else 1), return_maps))
-        assert abs(found()["feat"].item() - 0.25) < 2e-3
+        patch.setattr(models.ResNet, "upper", lambda self, maps, return_maps=False:
+                      real(self, maps / (2 if self is teacher else 1), return_maps))
+        assert abs(terms(x, y)["feat"].item() - 0.25) < 2e-3
+
+
+def test_the_cuda_path_without_a_gpu(monkeypatch):
+    """Under fake tensors every tensor of a step, of the latents and of evaluation lives on 'cuda', and none is mixed with
+    one of the CPU: a mixed operation raises. Forward passes alone: the backward pass needs a real device."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def to(module, device, memory_format=None):  # Module.to swaps tensors, which fake ones refuse
+        for part in module.modules():
+            for held in (part._parameters, part._buffers):
+                for name, tensor in held.items():
+                    moved = None if tensor is None else tensor.detach().to(device)
+                    held[name] = torch.nn.Parameter(moved) if held is part._parameters and tensor is not None else moved
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    args = argparse.Namespace(dataset="shapes", device="cuda", outliers="diffusion", rank=0, world=1, batch=8, crop=1,
+                              w_boundary=0.1, w_latent=0.2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net, teacher, wide = (models.build(arch, 8).to("cuda") for arch in ("resnet_tiny", "resnet_tiny", "resnet_small"))
+        images = torch.zeros(16, 3, 32, 32, dtype=torch.uint8, device="cuda")
+        x, y = train.augment(images[:8], 1, rng()), torch.zeros(8, dtype=torch.int64, device="cuda")
+        codec = {"mean": torch.zeros(8192, device="cuda"), "basis": torch.zeros(5, 8192, device="cuda"),
+                 "scale": torch.ones((), device="cuda")}
+        outliers = {"latent": torch.zeros(9, 5, device="cuda"), "boundary": torch.zeros(9, 128, device="cuda"),
+                    "vos": torch.zeros(9, 128, device="cuda"), **codec}
+        for make in (train.oal_terms, train.released_terms, train.vos_terms, train.logitnorm_terms):
+            for master in (teacher, wide):
+                for kind in ("diffusion", "noise"):
+                    args.outliers = kind
+                    heads, terms = make(net, master, outliers, images, args, rng())
+                    for head in heads.values():
+                        head.to("cuda")
+                    found = terms(x, y)
+                    assert all(value.device.type == "cuda" for value in found.values()), make.__name__
+        assert train.ce_terms(net, args)[1](x, y)["ce"].device.type == "cuda"
+        denoiser = synthesize.Denoiser(torch.zeros(5), torch.ones(5), 128).to("cuda")
+        assert synthesize.ddim(denoiser, torch.zeros(6, 128), 5, rng()).device.type == "cpu"
+        maps, features = next(synthesize.stage2(net, images, "shapes", "cuda"))
+        assert maps.device.type == features.device.type == synthesize.encode(maps, codec).device.type == "cuda"
+        unit = torch.zeros(16, 128, device="cuda")
+        assert synthesize.kth_distance(unit, unit, 3).device.type == "cuda"
+        logits, features = evaluate.outputs(net, images, "shapes", "cuda")
+        assert logits.device.type == features.device.type == "cpu"
+
+
+def test_resnet18_takes_three_steps_of_each_stage(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "SHAPES_SIZES", {"train": 48, "val": 8, "test": 8, "held_out": 8, "noise": 4, "stripes": 4,
+                                                   "flat": 4, "gradient": 4, "blobs": 4})
+    monkeypatch.setitem(train.TIERS, "resnet18", dict(train.TIERS["resnet18"], per_class=2, diffusion_steps=3, batch=16,
+                                                      epochs=dict(ce=1, teacher=1, oal=1)))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--arch", "resnet18", "--out", str(tmp_path / "a"), "--device", "cpu"])
+    steps, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(1) or step(self))
+    train.main()
+    assert len(steps) == 9 and json.loads((tmp_path / "a" / "results.json").read_text())["arch"] == "resnet18"
 
 
 def test_outlier_maps():
     """Each is a latent and its host's detail, both scaled at random. Two processes' shares make the whole."""
-    maps, args = torch.randn(40, 4, 16, 16, generator=rng()), argparse.Namespace(outliers="diffusion")
+    maps, n = torch.randn(40, 4, 16, 16, generator=rng()), 32
     codec = synthesize.fit_codec(torch.randn(9, 4, 16, 16, generator=rng(3)))
     outliers = {"latent": torch.randn(9, 8, generator=rng(1)), **codec}
-    drawn = lambda **more: train.outlier_maps(maps, outliers, args, rng(2), **more)
+    drawn = lambda kind="diffusion", **more: synthesize.outlier_maps(maps, outliers, n, rng(2), kind, **more)
     codes = synthesize.encode(drawn(), outliers)
-    detail = lambda maps: (maps - synthesize.decode(synthesize.encode(maps, outliers), outliers, maps.shape[1:])).flatten(1)
-    for parts, known, high in ((codes, outliers["latent"], train.STRETCH), (detail(drawn()), detail(maps), train.DETAIL)):
+    left_out = lambda maps: (maps - synthesize.decode(synthesize.encode(maps, outliers), outliers, maps.shape[1:])).flatten(1)
+    for parts, known in ((codes, outliers["latent"]), (left_out(drawn()), left_out(maps))):
         cosine, which = (F.normalize(parts) @ F.normalize(known).T).max(1)
         ratio = parts.norm(dim=1) / known[which].norm(dim=1)                               # times 0 to 2
-        assert parts.shape[0] == train.OUTLIERS and cosine.min() > 0.99 and len(which.unique()) > 4
-        assert 0 <= ratio.min() < 0.3 and 0.85 * high < ratio.max() <= high * 1.001 and len(ratio.unique()) == train.OUTLIERS
+        assert parts.shape[0] == n and cosine.min() > 0.99 and len(which.unique()) > 4
+        assert 0 <= ratio.min() < 0.3 and 1.7 < ratio.max() <= 2.001 and len(ratio.unique()) == n
     for kind in ("diffusion", "noise"):
-        args.outliers = kind
-        shares = torch.stack([drawn(mine=slice(i, None, 2)) for i in range(2)], 1).flatten(0, 1)
+        shares = torch.stack([drawn(kind, mine=slice(i, None, 2)) for i in range(2)], 1).flatten(0, 1)
         if kind == "diffusion":
-            assert torch.allclose(shares, drawn(), atol=1e-4)                              # 16 rows at a time round otherwise
+            assert torch.allclose(shares, drawn(kind), atol=1e-4)                          # 16 rows at a time round otherwise
         else:
-            assert (shares - drawn()).std() < 0.1 * drawn().std()                          # its strength is its share's
-    other = {name: tensor for name, tensor in outliers.items() if name != "latent"} | {"latent": outliers["latent"] + 1}
-    assert train.outlier_maps(maps, other, args, rng(2)).equal(drawn())                    # noise knows no latents
-
-
-def test_micl_measures_in_the_frozen_start_and_in_the_student(tiny, tmp_path, monkeypatch):
-    """critic.pt holds what its network's features give, by hand, of images and of outliers drawn as in training; levels are
-    half those of ce.pt's features, half those of the student's own about the teacher's mean, first step to last, of images
-    and of latents; the student begins with the linear part of the start's."""
-    monkeypatch.setitem(train.TIERS["shapes"], "micl", "energy")
-    monkeypatch.setattr(models, "autocast", lambda device: contextlib.nullcontext())       # float32, to be compared
-    told, given, begun, ups, drawn = [], [], [], [], []
-    micl, terms, real, upper = losses.micl_energy, train.loss_terms, train.train, models.ResNet.upper
-    draw = train.outlier_maps
-    monkeypatch.setattr(train, "outlier_maps", lambda *words: drawn.append((len(given), draw(*words))) or drawn[-1][1])
-    monkeypatch.setattr(losses, "micl_energy", lambda *tensors: told.append(tensors) or micl(*tensors))
-    monkeypatch.setattr(train, "loss_terms", lambda *words: given.append(words) or terms(*words))
-    monkeypatch.setattr(train, "train", lambda stage, net, *rest, **more: begun.append(
-        {name: value.clone() for name, value in net.state_dict().items()}) or real(stage, net, *rest, **more))
-
-    def spy(net, maps, **more):
-        found = upper(net, maps, **more)
-        ups.append((len(given), net, maps.detach().clone(), (found[0] if more else found).detach().clone()))
-        return found
-
-    monkeypatch.setattr(models.ResNet, "upper", spy)
-    for seed, name in ((1, "net"), (2, "teacher")):
-        torch.save(train.build("resnet_small", 8, seed).state_dict(), tmp_path / f"{name}.pt")
-    run = "--ce", tmp_path / "net.pt", "--teacher", tmp_path / "teacher.pt"
-    tiny(tmp_path / "a", *run, "--feat", "maps")
-    start, critic = (torch.load(tmp_path / "a" / f"{name}.pt", weights_only=True) for name in ("ce", "critic"))
-    frozen = given[-1][8]
-    assert all(frozen.state_dict()[name].equal(start[name]) for name in start)             # after the last step too
-    net = evaluate.load_network(tmp_path / "a" / "ce.pt", 8)
-
-    # The critic's numbers, from all 300 images: fewer than 10,000. Features and, pooled, the maps of stage 3.
-    def seen(maps):
-        with torch.no_grad():
-            found, (third, _) = upper(net, maps, return_maps=True)
-        return torch.cat([found, third.mean((2, 3))], dim=1)
-
-    images = evaluate.load("shapes", "train")[0]
-    logits, features = evaluate.outputs(net, images, "shapes", "cpu")
-    outlying = torch.cat([maps for step, maps in drawn if step == 0])                      # all that was drawn before step 1
-    with torch.no_grad():
-        inlier, outlier = seen(net.lower(evaluate.normalize(images, "shapes"))), seen(outlying)
-    d, energy = 256, net.classify(outlier[:, :256]).logsumexp(1).detach()
-    whiten = losses.whitening(inlier)
-    far = lambda points: ((points - inlier.mean(0)) @ whiten).norm(dim=1)
-    near = lambda points: (points - features.mean(0)).norm(dim=1)
-    c, radius = train.CAUTION * losses.fit_critic(logits.logsumexp(1), far(inlier), energy, far(outlier)), far(inlier).mean()
-    own_c = train.CAUTION * losses.fit_critic(logits.logsumexp(1), near(features), energy, near(outlier[:, :d]))
-    assert 300 <= len(outlying) < 300 + train.OUTLIERS and inlier.shape == (300, d + 128)
-    assert abs(critic["c"] - c) < 1e-3 * abs(c) and abs(critic["own_c"] - own_c) < 1e-3 * abs(own_c) and abs(c - own_c) > 0.01
-    assert abs(critic["radius"] - radius) < 1e-3 * radius
-
-    # Levels of the first step and of the last: of images through the start, of latents through its upper half, and of both
-    # by the student's features of that step.
-    level = lambda points: -critic["c"] * (far(points) - radius)
-    for step in (0, len(given) - 1):
-        student, x = given[step][0], given[step][2]
-        latents, = [maps for i, owner, maps, _ in ups if i == step + 1 and owner is frozen and len(maps) == train.OUTLIERS]
-        own = next(found for i, owner, _, found in ups if i == step + 1 and owner is student)
-        with torch.no_grad():
-            of_start = level(torch.cat([seen(net.lower(evaluate.normalize(x, "shapes"))), seen(latents)]))
-        expected = (of_start - critic["own_c"] * ((own - critic["own_mean"]).norm(dim=1) - critic["own_radius"])) / 2
-        _, outlier_logits, *levels = told[step]
-        id_levels, outlier_levels = levels
-        assert torch.allclose(torch.cat(levels), expected, rtol=0, atol=0.01 * expected.std().item())
-        assert len(outlier_logits) == len(outlier_levels) == train.OUTLIERS
-        assert not id_levels.requires_grad and not outlier_levels.requires_grad
-    assert len(told) == len(given) > 2 and all(critic[name].equal(given[-1][9][name]) for name in critic)
-
-    # Where the student begins: probabilities of the start, mean logits near the levels.
-    begin, = begun
-    shift = begin["fc.weight"] - start["fc.weight"]
-    assert torch.allclose(shift, critic["u"].expand_as(shift), atol=1e-6) and shift.abs().max() > 1e-4
-    assert torch.allclose(begin["fc.bias"] - start["fc.bias"], critic["offset"].expand(8), atol=1e-6)
-    assert all(begin[name].equal(start[name]) for name in start if not name.startswith("fc."))
-    both = torch.cat([inlier, outlier])
-    missed = lambda state: (F.linear(both[:, :d], state["fc.weight"], state["fc.bias"]).mean(1) - level(both)).square().mean()
-    assert missed(begin) < 0.5 * missed(start)
-
-    # The plain bound, and MICL switched off, have no critic and begin as the start is.
-    for i, words in enumerate((("--micl", "bound"), ("--w-latent", 0))):
-        tiny(tmp_path / str(i), *run, *words)
-        assert not (tmp_path / str(i) / "critic.pt").exists()
-        assert all(begun[-1][name].equal(start[name]) for name in start)
-
-    # The student measures about the mean of the features that it is taught, without the teacher's maps of its start's.
-    tiny(tmp_path / "b", *run, "--feat", "released")
-    taught = evaluate.outputs(evaluate.load_network(tmp_path / "teacher.pt", 8), images, "shapes", "cpu")[1]
-    for name, expected in (("a", taught), ("b", features)):
-        found = torch.load(tmp_path / name / "critic.pt", weights_only=True)
-        assert torch.allclose(found["own_mean"], expected.mean(0), atol=1e-5)
-        assert abs(found["own_radius"] - (expected - expected.mean(0)).norm(dim=1).mean()) < 1e-4
+            assert (shares - drawn(kind)).std() < 0.1 * drawn(kind).std()                  # its strength is its share's
+    other = {**outliers, "latent": outliers["latent"] + 1}
+    assert synthesize.outlier_maps(maps, other, n, rng(2), "noise").equal(drawn("noise"))  # noise knows no latents
 
 
 def test_torchrun(tmp_path):
@@ -1020,7 +1019,7 @@ import sys
 sys.path.insert(0, {str(HERE)!r})
 import evaluate, train
 evaluate.SHAPES_SIZES = {{name: 60 for name in ("val", "test", "held_out", *evaluate.GROUPS["shapes"]["far"])}} | {{"train": 260}}
-train.TIERS["shapes"].update(per_class=4, diffusion_steps=10, micl="energy", feat="maps")
+train.TIERS["resnet_tiny"].update(per_class=4, diffusion_steps=10)
 train.main()
 """)
     for name, launch in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))):
@@ -1032,7 +1031,7 @@ train.main()
     assert set(one["models"]["oal"]["scores"]) == set(two["models"]["oal"]["scores"])
     one, two = (torch.load(tmp_path / name / "ce.pt", weights_only=True) for name in ("one", "two"))
     # One epoch of two steps: the two runs differ by batch-norm's halves of the batch alone, not by their images.
-    moved = F.cosine_similarity(*((state["fc.weight"] - train.build("resnet_small", 8, 0).state_dict()["fc.weight"]).flatten()
+    moved = F.cosine_similarity(*((state["fc.weight"] - train.build("resnet_tiny", 8, 0).state_dict()["fc.weight"]).flatten()
                                   for state in (one, two)), dim=0)
     assert moved > 0.9
 
@@ -1044,9 +1043,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, tmp_path, capsys):
     assert stop.value.code == 2 and error.startswith("error: the loss is not finite at oal step 0: ce ") and "sum nan" in error
 
 
-@pytest.mark.parametrize("micl, feat", [("energy", "maps"), ("bound", "released")])
-def test_benchmark(tiny, tmp_path, monkeypatch, micl, feat):
-    tiny(tmp_path / "a", "--benchmark", "--micl", micl, "--feat", feat)
+@pytest.mark.parametrize("recipe", ["oal", "released"])
+def test_benchmark(tiny, tmp_path, recipe):
+    tiny(tmp_path / "a", "--benchmark", "--recipe", recipe)
     found = json.loads((tmp_path / "a" / "benchmark.json").read_text())
     assert set(found["images_per_second"]) == {"bare", "teacher_forward", "ce_step", "oal_step", "test_pass"}
     assert set(found["ratio"]) == {"ce", "oal"} and min(found["ratio"].values()) > 0.5
@@ -1080,6 +1079,20 @@ def test_evaluate_on_a_users_images(tiny, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         go(a / "ce.pt", "--out", a)  # a training run's results stay
 
+    plain = list(csv.reader(io.StringIO(go(a / "ce.pt", "--flag", tmp_path / "mine").out)))      # no critic beside it
+    assert plain[0] == ["path", "micl", "verdict"] and len(plain) == 7
+    rows = list(csv.reader(io.StringIO(go(a / "student.pt", "--flag", tmp_path / "mine").out)))
+    critic = losses.MICL(**torch.load(a / "student.critic.pt", weights_only=True))
+    assert rows[0] == ["path", "micl", "verdict", "p_id"]
+    for row in rows[1:6]:
+        assert abs(float(row[3]) - critic.probability(torch.tensor(float(row[1])))) < 1e-3
+    (a / "student.critic.pt").rename(a / "kept")
+    without = list(csv.reader(io.StringIO(go(a / "student.pt", "--flag", tmp_path / "mine").out)))
+    assert [row[:3] for row in rows] == without                                                # the score works all the same
+    (a / "student.critic.pt").write_text("no critic")
+    with pytest.raises(SystemExit):
+        go(a / "student.pt", "--flag", tmp_path / "mine")
+    assert "student.critic.pt" in capsys.readouterr().err
     rows = list(csv.reader(io.StringIO(go(a / "student.pt", "--flag", tmp_path / "mine", "--score", "knn").out)))
     assert rows[0] == ["path", "knn", "verdict"] and len(rows) == 7
     assert {row[2] for row in rows[1:6]} <= {"ID", "OOD"} and rows[6][2] == "unreadable" and "bad.png" in rows[6][0]

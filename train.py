@@ -28,7 +28,8 @@ import losses
 import models
 import synthesize
 
-CE = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)  # OpenOOD v1.5's recipe for CIFAR
+# OpenOOD v1.5's recipe for CIFAR; its rate is for a batch of 128 and is scaled with the batch.
+CE = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 # A recipe is an objective: cross-entropy plus these terms with these weights (losses.py). 'oal' is ours, 'released' has the
 # losses of the paper's code. An arch brings the size of a run: epochs of each stage; the student's learning rate; the
 # batch; padding of the random crop; outliers per class; steps of the diffusion model, at most.
@@ -39,7 +40,7 @@ TIERS = {"resnet18": dict(epochs=dict(ce=100, teacher=100, oal=100), oal_lr=0.00
                           diffusion_steps=4000),
          "resnet_small": dict(epochs=dict(ce=8, teacher=16, oal=3), oal_lr=0.02, batch=128, crop=1, per_class=50,
                               diffusion_steps=1000),
-         "resnet_tiny": dict(epochs=dict(ce=7, teacher=7, oal=4), oal_lr=0.01, batch=64, crop=1, per_class=50,
+         "resnet_tiny": dict(epochs=dict(ce=10, teacher=7, oal=4), oal_lr=0.01, batch=64, crop=1, per_class=50,
                              diffusion_steps=1000)}
 # What the optimiser does otherwise for what is trained beside the student: as released, and MICL's a and tau.
 HEADS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(lr=1e-4), "critic": dict(weight_decay=0.0)}
@@ -193,12 +194,12 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, keep=True)
     epoch and starts from it where it holds this stage.
     """
     rank, world = args.rank, args.world
-    recipe, epochs = dict(CE, lr=args.oal_lr) if stage == "oal" else CE, args.epochs[stage]
+    epochs, rate = args.epochs[stage], args.oal_lr if stage == "oal" else CE["lr"] * args.batch / 128
     net.to(args.device, memory_format=torch.channels_last).train()
     heads = torch.nn.ModuleDict(heads).to(args.device).train()
     groups = [{"params": list(net.parameters())}, *({"params": list(head.parameters()), **HEADS.get(name, {})}
                                                      for name, head in heads.items())]
-    optimizer = torch.optim.SGD(groups, **recipe)
+    optimizer = torch.optim.SGD(groups, **{**CE, "lr": rate})
     trained = [p for group in groups for p in group["params"]]
     base_rates = [group["lr"] for group in optimizer.param_groups]
 
