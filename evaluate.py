@@ -360,7 +360,7 @@ def load_network(path, num_classes, arch=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores: (logits [N, C], features [N, D], ref) -> confidence [N], higher = more in-distribution. `ref` is what a score
-# may know of the network and its training set: ref = dict(weight [C, D], bias [C], features [M, D], logits [M, C]).
+# may know of the network and its training set: ref = dict(weight [C, D], features [M, D], mean [D] of the features).
 
 
 def msp(logits, features=None, ref=None):
@@ -390,54 +390,6 @@ def knn(logits, features, ref, k=50, megabytes=256):
     return -(2 - 2 * torch.cat(kth)).clamp_min(0).sqrt()
 
 
-def react(logits, features, ref, percentile=90):
-    """Energy of features clipped at a percentile of the training features (Sun et al., arXiv 2111.12797; 90)."""
-    values = ref["features"].flatten()
-    kth = max(1, round(len(values) * percentile / 100))
-    return ebo(F.linear(features.clamp(max=values.kthvalue(kth)[0]), ref["weight"], ref["bias"]))
-
-
-def top_share(features, percentile):
-    """Features [N, D] -> (features with all below each row's percentile set to 0, exp(sum / sum of the rest) [N, 1])."""
-    keep = features.shape[1] - round(features.shape[1] * percentile / 100)
-    value, index = features.topk(keep, dim=1)
-    ratio = features.sum(1, keepdim=True) / value.sum(1, keepdim=True).clamp_min(1e-12)  # 1e-12: an all-zero feature
-    return torch.zeros_like(features).scatter(1, index, value), ratio.exp()
-
-
-def ash_s(logits, features, ref, percentile=90):
-    """Energy after pruning to the top 10 % and scaling up by exp(s1 / s2) (Djurisic et al., arXiv 2209.09858, alg. 3)."""
-    pruned, scale = top_share(features, percentile)
-    return ebo(F.linear(pruned * scale, ref["weight"], ref["bias"]))
-
-
-def scale(logits, features, ref, percentile=85):
-    """Energy after scaling, without pruning (Xu et al., arXiv 2310.00227; 85)."""
-    return ebo(F.linear(features * top_share(features, percentile)[1], ref["weight"], ref["bias"]))
-
-
-def gen(logits, features=None, ref=None, gamma=0.1, top=100):
-    """Minus the generalised entropy of the `top` largest probabilities (Liu et al., CVPR 2023; gamma = 0.1, M = 100)."""
-    p = logits.double().softmax(1).topk(min(top, logits.shape[1]), dim=1)[0]
-    return -(p ** gamma * (1 - p) ** gamma).sum(1)
-
-
-def vim(logits, features, ref):
-    """Energy minus the scaled norm of the feature's residual (Wang et al., arXiv 2203.10807).
-
-    The principal space has D / 2 dimensions (512 from D = 768, 1,000 from D = 1,500 on), about the origin
-    -pinv(W) b; the scale makes the training set's mean residual equal its mean maximum logit.
-    """
-    dim = features.shape[1]
-    principal = 1000 if dim > 1500 else 512 if dim > 768 else dim // 2
-    origin = -torch.linalg.pinv(ref["weight"].double()) @ ref["bias"].double()
-    centred = ref["features"].double() - origin
-    _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending: the first D - principal span the residual
-    residual = vectors[:, :dim - principal]
-    alpha = ref["logits"].double().amax(1).mean() / (centred @ residual).norm(dim=1).mean()
-    return ebo(logits.double()) - alpha * ((features.double() - origin) @ residual).norm(dim=1)
-
-
 def fdbd(logits, features, ref):
     """Mean distance to the decision boundaries over the distance to the training mean (Liu & Qin, arXiv 2312.11536)."""
     top, predicted = logits.max(1)
@@ -451,9 +403,8 @@ def micl(logits, features, ref):
     return losses.MICL(ref["mean"]).score(logits, features)
 
 
-SCORES = {"msp": msp, "mls": mls, "ebo": ebo, "knn": knn, "react": react, "ash_s": ash_s, "scale": scale, "gen": gen,
-          "vim": vim, "fdbd": fdbd, "micl": micl}
-NEED_TRAINING_SET = ("knn", "react", "vim", "fdbd", "micl")
+SCORES = {"msp": msp, "mls": mls, "ebo": ebo, "knn": knn, "fdbd": fdbd, "micl": micl}
+NEED_TRAINING_SET = ("knn", "fdbd", "micl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,9 +491,9 @@ def reference(net, dataset, train_images, device, mean=None):
 
     mean [D]: that of the training features where it is known already, as from a student's critic file.
     """
-    ref = {"weight": net.fc.weight.detach().cpu().float(), "bias": net.fc.bias.detach().cpu().float(), "mean": mean}
+    ref = {"weight": net.fc.weight.detach().cpu().float(), "mean": mean}
     if train_images is not None:
-        ref["logits"], ref["features"] = outputs(net, train_images, dataset, device)
+        ref["features"] = outputs(net, train_images, dataset, device)[1]
         ref["mean"] = ref["features"].mean(0)
     return ref
 
