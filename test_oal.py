@@ -945,15 +945,15 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
                  "scale": torch.ones((), device="cuda")}
         outliers = {"latent": torch.zeros(9, 5, device="cuda"), "boundary": torch.zeros(9, 128, device="cuda"),
                     "vos": torch.zeros(9, 128, device="cuda"), **codec}
-        for make in (train.oal_terms, train.released_terms, train.vos_terms, train.logitnorm_terms):
+        for make, words in ((train.oal_terms, ("diffusion", None)), (train.oal_terms, ("noise", None)),
+                            (train.released_terms, ("diffusion", None)), (train.peer_terms, ("diffusion", "vos")),
+                            (train.peer_terms, ("diffusion", "logitnorm"))):
             for master in (teacher, wide):
-                for kind in ("diffusion", "noise"):
-                    args.outliers = kind
-                    heads, terms = make(net, master, outliers, images, args, rng())
-                    for head in heads.values():
-                        head.to("cuda")
-                    found = terms(x, y)
-                    assert all(value.device.type == "cuda" for value in found.values()), make.__name__
+                args.outliers, args.peer = words
+                heads, terms = make(net, master, outliers, images, args, rng())
+                for head in heads.values():
+                    head.to("cuda")
+                assert all(value.device.type == "cuda" for value in terms(x, y).values()), make.__name__
         assert train.ce_terms(net, args)[1](x, y)["ce"].device.type == "cuda"
         denoiser = synthesize.Denoiser(torch.zeros(5), torch.ones(5), 128).to("cuda")
         assert synthesize.ddim(denoiser, torch.zeros(6, 128), 5, rng()).device.type == "cpu"

@@ -156,25 +156,19 @@ def released_terms(student, teacher, outliers, images, args, g):
     return heads, terms
 
 
-def vos_terms(student, teacher, outliers, images, args, g):
-    """VOS, a peer: cross-entropy, and its uncertainty loss against Gaussian outliers in feature space."""
-    heads = {"vos": losses.VOS(student.fc.out_features)}
+def peer_terms(student, teacher, outliers, images, args, g):
+    """Two peers: LogitNorm alone, or cross-entropy and VOS's uncertainty loss against Gaussian outliers in feature space."""
+    heads = {"vos": losses.VOS(student.fc.out_features)} if args.peer == "vos" else {}
 
     def terms(x, y):
         with models.autocast(args.device):
             logits = student(evaluate.normalize(x, args.dataset))
+        if args.peer == "logitnorm":
+            return {"logitnorm": losses.logit_norm(logits, y)}
         outlier_logits = student.classify(draw(outliers["vos"], len(y), args, g))
         return {"ce": F.cross_entropy(logits, y), "vos": heads["vos"](logits, outlier_logits)}
 
     return heads, terms
-
-
-def logitnorm_terms(student, teacher, outliers, images, args, g):
-    """LogitNorm, a peer."""
-    def terms(x, y):
-        with models.autocast(args.device):
-            return {"logitnorm": losses.logit_norm(student(evaluate.normalize(x, args.dataset)), y)}
-    return {}, terms
 
 
 def draw(outliers, n, args, g):
@@ -212,7 +206,6 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, keep=True)
         g.set_state(saved["generator"])
         first_epoch = saved["epoch"]
 
-    terminal = sys.stdout.isatty()
     for epoch in range(first_epoch, epochs):
         begun = said = time.perf_counter()
         unread = []                                     # the terms of the last steps: reading them waits for the device
@@ -238,13 +231,12 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, keep=True)
                 values = torch.stack(unread)                                                          # [<= 50, terms]
                 check_finite(stage, step + 1 - len(values), [*found, "sum"], values)
                 unread, now = [], time.perf_counter()
-                if rank == 0 and (now - said > (1 if terminal else 20) or i + 1 == len(batches)):
+                if rank == 0 and (now - said > 20 or i + 1 == len(batches)):
                     said, speed = now, (i + 1) * args.batch / (now - begun)
                     left = ((epochs - epoch) * len(batches) - i - 1) * args.batch / speed
                     shown = "  ".join(f"{name} {value:.3f}" for name, value in zip(found, values.mean(0).tolist()))
                     print(f"{stage}: epoch {epoch + 1}/{epochs}, step {i + 1}/{len(batches)}, {shown}, "
-                          f"{speed:.0f} images/s, {left:.0f} s left",
-                          end="\r" if terminal and i + 1 < len(batches) else "\n", flush=True)
+                          f"{speed:.0f} images/s, {left:.0f} s left", flush=True)
         args.seconds[stage] += time.perf_counter() - begun
         if keep:
             save({"stage": stage, "epoch": epoch + 1, "seconds": args.seconds, "options": args.options,
@@ -254,11 +246,10 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, keep=True)
 
 def average_gradients(parameters, world):
     """Under torchrun: every process holds a slice of the batch, and all step by the mean of their gradients."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    for grad, mean in zip(grads, (flat / world).split([grad.numel() for grad in grads])):
-        grad.copy_(mean.view_as(grad))
+    for p in parameters:
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= world
 
 
 def check_finite(stage, first_step, names, values):
@@ -309,79 +300,69 @@ def load_weights(net, args, name):
 # The program.
 
 
-def objective(args):
-    """The student's {term: weight}, without the terms whose weight is 0, and the function that makes its terms."""
+def weights_of(args):
+    """The student's objective: {term: weight}, without the terms whose weight is 0."""
     if args.peer:
-        return PEERS[args.peer], {"vos": vos_terms, "logitnorm": logitnorm_terms}[args.peer]
-    names = [name for name in RECIPES[args.recipe] if getattr(args, name)]
-    weights = {"ce": 1.0, **{name.removeprefix("w_"): getattr(args, name) for name in names}}
-    return weights, {"oal": oal_terms, "released": released_terms}[args.recipe]
+        return PEERS[args.peer]
+    weights = {name.removeprefix("w_"): getattr(args, name) for name in RECIPES[args.recipe]}
+    return {"ce": 1.0, **{name: weight for name, weight in weights.items() if weight}}
 
 
 def make_student(student, teacher, outliers, images, args):
     """-> (heads, terms, generator) of the stage 'oal'; fresh heads depend on the seed alone."""
     g = generator(args.seed, "oal")
+    make = peer_terms if args.peer else {"oal": oal_terms, "released": released_terms}[args.recipe]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(args.seed, "heads").initial_seed())
-        return *objective(args)[1](student, teacher, outliers, images, args, g), g
+        return *make(student, teacher, outliers, images, args, g), g
 
 
 def benchmark(args, images, labels, teacher):
     """Images per second of the bare network, of each kind of step and of the test pass -> the dict of benchmark.json.
 
-    Each is timed in this one run, three times in turn, and the best counts. A ratio is the time of our step over the sum
-    of its bare parts, measured beside it: 1.0 is a step with no overhead.
+    Each is timed in this one run, three times in turn after a warm-up, and the best counts. A ratio is the time of our step
+    over the sum of its bare parts, measured beside it: 1.0 is a step with no overhead.
     """
-    n, classes = min(10, len(images) // args.batch) * args.batch, evaluate.CLASSES[args.dataset]
+    n, classes, weights = min(10, len(images) // args.batch) * args.batch, evaluate.CLASSES[args.dataset], weights_of(args)
     args = argparse.Namespace(**{**vars(args), "epochs": dict(ce=1, teacher=1, oal=1)})
     images, labels = images[:n].to(args.device), labels[:n].to(args.device)
-    net, fresh = (build(args.arch, classes, args.seed) for _ in range(2))
-    weights = objective(args)[0]
-    teacher = (teacher or fresh) if weights.keys() & {"kd", "feat"} else None
-    for part in (net, fresh, *([teacher] if teacher else [])):
-        part.eval().to(args.device, memory_format=torch.channels_last)
+    net, teacher = (one.to(args.device, memory_format=torch.channels_last).eval()
+                    for one in (build(args.arch, classes, args.seed), teacher or build(args.arch, classes, args.seed)))
     codec = synthesize.fit_codec(next(synthesize.stage2(net, images, args.dataset, args.device))[0])
     outliers = {"boundary": torch.randn(classes * 2, net.fc.in_features, device=args.device),
                 "latent": torch.randn(classes * 2, len(codec["basis"]), device=args.device), **codec}
-    outliers = outliers if weights.keys() & {"boundary", "latent"} else None
-    heads, terms, g = make_student(net, teacher, outliers, images, args)
+    taught, through = weights.keys() & {"kd", "feat"}, args.recipe == "oal" and "latent" in weights
+    heads, terms, g = make_student(net, teacher if taught else None, outliers if weights.keys() & {"boundary", "latent"}
+                                   else None, images, args)
     optimizer = torch.optim.SGD(net.parameters(), **CE)
     x = evaluate.normalize(images[:args.batch], args.dataset)
-    with torch.no_grad():
-        maps = net.lower(x[:args.batch // 4])
+    maps = net.lower(x[:args.batch // 4]).detach()
 
     def bare(forward):
-        net.train()
         for _ in range(n // args.batch):
             with models.autocast(args.device):
                 loss = forward()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            if loss.requires_grad:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
 
-    @torch.no_grad()
-    def teacher_forward():
-        with models.autocast(args.device):
-            for _ in range(n // args.batch):
-                (teacher or fresh)(x)
-
-    wait = torch.accelerator.synchronize if args.device != "cpu" else lambda: None
-    parts = {"bare": lambda: bare(lambda: F.cross_entropy(net(x), labels[:args.batch])),
+    parts = {"bare": lambda: bare(lambda: F.cross_entropy(net.train()(x), labels[:args.batch])),
              "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).square().mean()),  # their half of the network
-             "teacher_forward": teacher_forward,
+             "teacher_forward": lambda: torch.no_grad()(bare)(lambda: teacher(x)),
              "ce_step": lambda: train("ce", net, *ce_terms(net, args), {"ce": 1.0}, images, labels, args, g, keep=False),
              "oal_step": lambda: train("oal", net, heads, terms, weights, images, labels, args, g, keep=False),
              "test_pass": lambda: evaluate.outputs(net, images, args.dataset, args.device)}
-    seconds = {}
-    for _ in range(4):  # the first round warms up
+    seconds = {name: [] for name in parts}
+    for _ in range(4):
         for name, part in parts.items():
-            wait()
             begun = time.perf_counter()
             part()
-            wait()
-            seconds.setdefault(name, []).append(time.perf_counter() - begun)
+            if args.device != "cpu":
+                torch.accelerator.synchronize()
+            seconds[name].append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
-    oal_parts = best["bare"] + best["teacher_forward"] * bool(teacher) + best["outliers"] * ("critic" in heads)
+    oal_parts = best["bare"] + best["teacher_forward"] * bool(taught) + best["outliers"] * through
     return {"images_per_second": {name: n / best[name] for name in best if name != "outliers"},
             "ratio": {"ce": best["ce_step"] / best["bare"], "oal": best["oal_step"] / oal_parts}}
 
@@ -484,7 +465,7 @@ def main():
     load_weights(ce, args, "ce.pt")
 
     # 2. The teacher: what a second cycle of the same recipe, on the same images, makes of that network.
-    weights, _ = objective(args)
+    weights = weights_of(args)
     if not weights.keys() & {"kd", "feat"}:
         teacher = None
     elif not teacher:
