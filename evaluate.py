@@ -405,6 +405,7 @@ def micl(logits, features, ref):
 
 SCORES = {"msp": msp, "mls": mls, "ebo": ebo, "knn": knn, "fdbd": fdbd, "micl": micl}
 NEED_TRAINING_SET = ("knn", "fdbd", "micl")
+NEED_MEAN = ("fdbd", "micl")  # of it no more than the mean feature, which a critic's file holds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,15 +487,15 @@ def load_benchmark(dataset, data_root, folders=()):
     return {**sets, **yours}, missing
 
 
-def reference(net, dataset, train_images, device, mean=None):
-    """What scores may know of a network (see 'Scores'); the training set's outputs only where train_images is given.
-
-    mean [D]: that of the training features where it is known already, as from a student's critic file.
-    """
-    ref = {"weight": net.fc.weight.detach().cpu().float(), "mean": mean}
-    if train_images is not None:
-        ref["features"] = outputs(net, train_images, dataset, device)[1]
+def reference(net, dataset, images, device, critic=None):
+    """What scores may know of a network (see 'Scores'): its outputs on the training images where they are given, else the
+    mean that its critic's file holds."""
+    ref = {"weight": net.fc.weight.detach().cpu().float()}
+    if images is not None:
+        ref["features"] = outputs(net, images, dataset, device)[1]
         ref["mean"] = ref["features"].mean(0)
+    elif critic:
+        ref["mean"] = critic.mean
     return ref
 
 
@@ -571,51 +572,45 @@ def table(results):
         yield f"missing, in no mean: {', '.join(results['missing'])}"
 
 
-RUN_WORDS = ("--seed", "--out", "--data-root", "--device", "--ce", "--teacher", "--resume")  # no row of their own
+RUN_WORDS = ("--seed", "--out", "--data-root", "--device", "--ce", "--teacher")  # of a run, not of a row
 
 
 def collect(paths):
-    """results.json files -> the lines of two Markdown tables: mean and standard deviation (n - 1) over the files of a row.
+    """results.json files -> the lines of README's tables in Markdown: mean ± standard deviation (n - 1) over a row's files.
 
-    A row is one command, but for RUN_WORDS: the student that it made. The cross-entropy networks that the students started
-    from, one a seed, are the first row; a network measured by evaluate.py has a row under its name.
+    A row is the student of one command, whatever its RUN_WORDS. The cross-entropy networks from which students started, one
+    a seed, are a row of their own; a network measured by evaluate.py has a row under its name.
     """
-    entries = {}  # (network, command) -> {seed or file: entry of a results.json}
+    rows = {}  # network and command -> {seed or file: entry of results.json's models}
     for path in paths:
         try:
             results = json.loads(Path(path).read_text())
             words = iter(results["command"].split())
-            kept = [word for word in words if not (word.split("=")[0] in RUN_WORDS
-                                                   and ("=" in word or word == "--resume" or next(words, None)))]
-            setting, trained = (results["dataset"], results.get("arch")), kept[0] == "train.py"
+            kept = [word for word in words if word != "--resume" and not (word in RUN_WORDS and next(words, ""))]
             for name, entry in results["models"].items():
-                row = (*setting, name, " ".join(kept) if name == "oal" else "" if trained else "evaluate.py")
-                entries.setdefault(row, {})[results.get("seed", path)] = entry
-        except (OSError, ValueError, KeyError, IndexError, AttributeError) as problem:
-            fail(f"{path} is not a results.json of train.py or evaluate.py ({type(problem).__name__}): leave it out")
+                command = f" `{' '.join(kept)}`" if name == "oal" else ""
+                rows.setdefault(name + command, {})[results.get("seed", str(path))] = entry
+        except (OSError, ValueError, KeyError, AttributeError) as problem:
+            fail(f"{path} is not a results.json of this program ({type(problem).__name__}): leave it out")
+    entries = [entry for row in rows.values() for entry in row.values()]
+    scores = [score for score in ("ebo", "fdbd", "micl") if all(score in entry["scores"] for entry in entries)]
+    sets = {name: f"{Path(name).name} ({found['n']})" for name, found in entries[0]["scores"][scores[0]]["sets"].items()}
 
     def cell(values):
-        return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+        return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
-    rows = sorted(entries.items(), key=lambda item: item[0][2:] != ("ce", ""))  # else in the order of the files
-    shown = [score for score in ("ebo", "fdbd", "micl") if all(score in e["scores"] for r in entries.values() for e in r.values())]
-    yield "| network | runs | accuracy | score | near AUROC | near FPR95 | far AUROC | far FPR95 |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for (*_, name, command), row in rows:
-        row = list(row.values())
-        for score in shown:
-            first = [f"{name} `{command}`".replace(" ``", ""), len(row), cell([e["id_acc"] for e in row])] if score == shown[0] else [""] * 3
-            found = [cell([e["scores"][score][g][m] for e in row]) if all(g in e["scores"][score] for e in row) else ""
-                     for g in ("near", "far") for m in ("auroc", "fpr95")]
-            yield "| " + " | ".join(map(str, [*first, score, *found])) + " |"
-    sets = {name: one["n"] for row in entries.values() for e in row.values() for name, one in e["scores"][shown[0]]["sets"].items()}
-    yield ""
-    yield "| AUROC | score | " + " | ".join(f"{Path(name).name} ({n})" for name, n in sets.items()) + " |"
-    yield "|---" * (2 + len(sets)) + "|"
-    for (*_, name, command), row in rows:
-        for score in shown:
-            found = [[e["scores"][score]["sets"][s]["auroc"] for e in row.values() if s in e["scores"][score]["sets"]] for s in sets]
-            yield "| " + " | ".join([f"{name} `{command}`".replace(" ``", ""), score, *(cell(f) if f else "" for f in found)]) + " |"
+    yield "| network | runs | accuracy | score | near AUROC | near FPR95 | far AUROC | far FPR95 |\n" + "|---" * 8 + "|"
+    for name, row in rows.items():
+        for score in scores:
+            start = [name, len(row), cell([e["id_acc"] for e in row.values()])] if score == scores[0] else [""] * 3
+            means = [cell([e["scores"][score][group][metric] for e in row.values()])
+                     for group in ("near", "far") if group in entries[0]["scores"][score] for metric in ("auroc", "fpr95")]
+            yield "| " + " | ".join(map(str, [*start, score, *means])) + " |"
+    yield "\n| AUROC | score | " + " | ".join(sets.values()) + " |\n" + "|---" * (2 + len(sets)) + "|"
+    for name, row in rows.items():
+        for score in scores:
+            means = [cell([e["scores"][score]["sets"][one]["auroc"] for e in row.values()]) for one in sets]
+            yield "| " + " | ".join([name if score == scores[0] else "", score, *means]) + " |"
 
 
 def check_plot(path):
@@ -629,33 +624,26 @@ def check_plot(path):
     make_folder(Path(path).parent)
 
 
-def plot(path, score, by_model, threshold_tpr):
-    """Draws, per OOD set, the ID and OOD histograms of each network with its threshold, and the ROC curves."""
+def plot(path, columns, tpr):
+    """{title: {set: confidences [N]}} -> a picture of histograms: a row per OOD set, ID beside it, the threshold, AUROC."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    names = [name for name in next(iter(by_model.values())) if name != "id"]
-    columns = len(by_model) + 1
-    figure, axes = pyplot.subplots(len(names), columns, figsize=(3.6 * columns, 2.2 * len(names)), squeeze=False)
+    names = [name for name in next(iter(columns.values())) if name != "id"]
+    figure, axes = pyplot.subplots(len(names), len(columns), squeeze=False,
+                                   figsize=(3.2 * len(columns), 1.6 * len(names)))
     for row, name in zip(axes, names):
-        for axis, (model, conf) in zip(row, by_model.items()):
-            both = torch.cat([conf["id"], conf[name]])
-            bins = np.linspace(*np.quantile(both.numpy(), [0.001, 0.999]), 60)
-            axis.hist(conf["id"].numpy(), bins, density=True, alpha=0.6, label="ID")
-            axis.hist(conf[name].numpy(), bins, density=True, alpha=0.6, label=Path(name).name)
-            axis.axvline(threshold_at(conf["id"], threshold_tpr), color="black", linewidth=1)
-            axis.set_title(f"{model}: {score}", fontsize=9)
+        for axis, (title, conf) in zip(row, columns.items()):
+            both = np.concatenate([conf["id"], conf[name]])
+            bins = np.linspace(*np.quantile(both, [0.001, 0.999]), 60)
+            for one, label in (("id", "ID"), (name, Path(name).name)):
+                axis.hist(conf[one].numpy(), bins, density=True, alpha=0.6, label=label)
+            axis.axvline(threshold_at(conf["id"], tpr), color="black", linewidth=1)
+            axis.set_title(f"{title}, AUROC {detection_metrics(conf['id'], conf[name])['auroc']:.1f}", fontsize=9)
             axis.set_yticks([])
             axis.legend(fontsize=7)
-            order = both.argsort()  # from the least confident: OOD is the positive class
-            ood = (order >= len(conf["id"])).double()
-            auroc = detection_metrics(conf["id"], conf[name])["auroc"]
-            row[-1].plot(((1 - ood).cumsum(0) / (1 - ood).sum()).numpy(), (ood.cumsum(0) / ood.sum()).numpy(),
-                         label=f"{model} {auroc:.1f}")
-        row[-1].set_title(f"ROC, {Path(name).name}", fontsize=9)
-        row[-1].legend(fontsize=7, loc="lower right", title="AUROC", title_fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=70)
     pyplot.close(figure)
 
 
@@ -703,15 +691,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("checkpoints", nargs="*", help="one or more files of weights, each a column of the result")
-    parser.add_argument("--collect", nargs="+", metavar="RESULTS.json", help="print README's tables of these runs and stop")
     parser.add_argument("--dataset", choices=CLASSES, default="shapes", help="the ID set")
     parser.add_argument("--data-root", help="folder in the OpenOOD v1.5 layout, or where torchvision downloads (data)")
     parser.add_argument("--score", choices=[*SCORES, "all"], default="all")
     parser.add_argument("--ood", nargs="+", default=[], metavar="FOLDER", help="folders of your own OOD images")
-    parser.add_argument("--flag", metavar="FOLDER", help="print path, score and verdict of each image there as CSV")
-    parser.add_argument("--threshold-tpr", type=share, metavar="T",
-                        help="print and store the threshold that accepts this share of the ID validation images")
-    parser.add_argument("--plot", metavar="FILE.png", help="histograms and ROC curves of the score (micl for all)")
+    parser.add_argument("--flag", metavar="FOLDER", help="print path, score (micl for all) and verdict of each image, CSV")
+    parser.add_argument("--threshold-tpr", type=share, metavar="T", default=0.95,
+                        help="the threshold of --flag and --plot accepts this share of the ID images (0.95)")
+    parser.add_argument("--plot", metavar="FILE.png", help="histograms of the score (ebo and micl for all)")
+    parser.add_argument("--collect", nargs="+", metavar="RESULTS.json", help="print README's tables of these runs and stop")
     parser.add_argument("--out", default="runs/evaluate", help="folder for results.json")
     parser.add_argument("--device", default=best_device())
     args = parser.parse_args()
@@ -720,41 +708,25 @@ def main():
         print("\n".join(collect(args.collect)))
         return
     if not args.checkpoints:
-        fail("no checkpoints: name one or more files of weights, or results with --collect")
+        fail("no checkpoints: name one or more files of weights, or runs with --collect")
     check_device(args.device)
     data_root = check_data_root(args)
-    nets = {}
+    nets, critics = {}, {}
     for path in args.checkpoints:
         name = Path(path).stem if Path(path).stem not in nets else str(path)
         nets[name] = load_network(path, CLASSES[args.dataset])
-    one_score = "micl" if args.score == "all" else args.score
+        critics[name] = load_critic(path, nets[name].fc.in_features)
     scores = list(SCORES) if args.score == "all" else [args.score]
     lists = Path(data_root) / "benchmark_imglist"
     train_list = lists / args.dataset / f"train_{args.dataset}.txt"
     if args.score == "all" and args.dataset != "shapes" and lists.is_dir() and not train_list.is_file():
-        scores = [score for score in SCORES if score not in NEED_TRAINING_SET]
-        print(f"no training images of {args.dataset}: {', '.join(NEED_TRAINING_SET)} are left out", file=sys.stderr)
-
-    if args.flag and len(nets) > 1:
-        fail("--flag takes one checkpoint")
-    if args.flag:  # a verdict per image; no benchmark
-        net = next(iter(nets.values()))
-        critic = load_critic(args.checkpoints[0], net.fc.in_features) if one_score == "micl" else None
-        images, paths, bad = read_folder(args.flag)
-        need_train = one_score in NEED_TRAINING_SET and not critic
-        train = load(args.dataset, "train", data_root)[0] if need_train else None
-        ref = reference(net, args.dataset, train, args.device, critic and critic.mean)
-        val = confidences(net, load(args.dataset, "val", data_root)[0], args.dataset, args.device, [one_score], ref)[0]
-        threshold = threshold_at(val[one_score], args.threshold_tpr or 0.95)
-        conf = confidences(net, images, args.dataset, args.device, [one_score], ref)[0][one_score]
-        p_id = critic.probability(conf).tolist() if critic else [None] * len(conf)
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["path", one_score, "verdict"] + ["p_id"] * bool(critic))
-        for path, value, p in zip(paths, conf.tolist(), p_id):
-            writer.writerow([path, f"{value:.6f}", "ID" if value >= threshold else "OOD"] + ([f"{p:.4f}"] if critic else []))
-        for path in bad:
-            writer.writerow([path, "", "unreadable"] + [""] * bool(critic))
-        print(f"threshold {threshold:.6f}; {len(paths)} images, {len(bad)} unreadable", file=sys.stderr)
+        known = () if None in critics.values() else NEED_MEAN
+        scores = [score for score in SCORES if score not in NEED_TRAINING_SET or score in known]
+        print(f"no training images of {args.dataset}: {', '.join(set(SCORES) - set(scores))} left out", file=sys.stderr)
+    if args.flag:
+        if len(nets) > 1:
+            fail("--flag takes one checkpoint")
+        flag(*nets.values(), *critics.values(), "micl" if args.score == "all" else args.score, args, data_root)
         return
 
     results_path = Path(args.out) / "results.json"
@@ -767,30 +739,43 @@ def main():
     sets, missing = load_benchmark(args.dataset, data_root, args.ood)
     if len(sets) == 1:
         fail(f"no OOD set in {data_root}: nothing to detect ({', '.join(missing)} are missing); name folders with --ood")
-    val_images = load(args.dataset, "val", data_root)[0] if args.threshold_tpr else None
-    need_train = any(score in NEED_TRAINING_SET for score in scores)
-    train = load(args.dataset, "train", data_root)[0] if need_train else None
     results = {"dataset": args.dataset, "command": " ".join(["evaluate.py", *sys.argv[1:]]), "device": args.device,
                "versions": versions(), "missing": missing, "models": {}}
-    by_model = {}
+    columns = {}
     for name, net in nets.items():
-        ref = reference(net, args.dataset, train, args.device)
-        results["models"][name], by_set = evaluate(net, sets, args.dataset, args.device, scores, ref)
-        by_model[name] = by_set[one_score]
-        if args.threshold_tpr:
-            val, _ = confidences(net, val_images, args.dataset, args.device, scores, ref)
-            for score in scores:
-                results["models"][name]["scores"][score]["threshold"] = threshold_at(val[score], args.threshold_tpr)
+        ref = reference(net, args.dataset, train_images(scores, critics[name], args, data_root), args.device, critics[name])
+        results["models"][name], conf = evaluate(net, sets, args.dataset, args.device, scores, ref)
+        columns |= {f"{name}: {score}": conf[score] for score in scores if score in ("ebo", "micl", args.score)}
     results["seconds"] = {"total": time.perf_counter() - start}
     print("\n".join(table(results)))
-    if args.threshold_tpr:
-        for name, entry in results["models"].items():
-            for score in scores:
-                print(f"threshold of {name} {score}: {entry['scores'][score]['threshold']:.6f}")
     results_path.write_text(json.dumps(results, indent=1))
     if args.plot:
-        plot(args.plot, one_score, by_model, args.threshold_tpr or 0.95)
+        plot(args.plot, columns, args.threshold_tpr)
     print(f"written: {results_path}{f', {args.plot}' if args.plot else ''}")
+
+
+def train_images(scores, critic, args, data_root):
+    """The training images where one of the scores needs them: a critic's file spares some of them."""
+    needed = [score for score in scores if score in NEED_TRAINING_SET and not (critic and score in NEED_MEAN)]
+    return load(args.dataset, "train", data_root)[0] if needed else None
+
+
+def flag(net, critic, score, args, data_root):
+    """Prints a CSV: path, score and verdict of each image of a folder, and MICL's probability where the critic is there."""
+    p_id = critic.probability if critic and score == "micl" else None
+    images, paths, bad = read_folder(args.flag)
+    ref = reference(net, args.dataset, train_images([score], critic, args, data_root), args.device, critic)
+    of_val, conf = (confidences(net, of, args.dataset, args.device, [score], ref)[0][score]
+                    for of in (load(args.dataset, "val", data_root)[0], images))
+    threshold = threshold_at(of_val, args.threshold_tpr)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["path", score, "verdict", *(["p_id"] if p_id else [])])
+    for path, value in zip(paths, conf):
+        verdict = "ID" if value >= threshold else "OOD"
+        writer.writerow([path, f"{value:.6f}", verdict, *([f"{p_id(value):.4f}"] if p_id else [])])
+    for path in bad:
+        writer.writerow([path, "", "unreadable", *([""] if p_id else [])])
+    print(f"threshold {threshold:.6f}; {len(paths)} images, {len(bad)} unreadable", file=sys.stderr)
 
 
 if __name__ == "__main__":
