@@ -1,8 +1,8 @@
 """The benchmark: its images, its scores, its metrics.
 
-    python evaluate.py runs/cifar100/student.pt --dataset cifar100 --data-root DIR              # all scores, all OOD sets
+    python evaluate.py runs/cifar100/student.pt --dataset cifar100 --data-root DIR              # all scores, all sets
     python evaluate.py runs/cifar100/ce.pt runs/cifar100/student.pt --dataset cifar100 --data-root DIR --plot out.png
-    python evaluate.py student.pt --dataset cifar100 --data-root DIR --score ebo --ood FOLDER   # your images, a row each
+    python evaluate.py student.pt --dataset cifar100 --data-root DIR --score ebo --ood FOLDER   # a row for your images
     python evaluate.py student.pt --dataset cifar100 --data-root DIR --flag FOLDER > flags.csv  # verdict per image
 
 The protocol is that of OpenOOD v1.5 (arXiv 2306.09301): its lists, its transform, its metrics. A score here is a
@@ -75,7 +75,7 @@ def to_tensor(image):
 
 
 def decode(paths):
-    """Image files -> (uint8 [N, 3, 32, 32] of the readable ones, their indices into paths, {path: reason} of the rest)."""
+    """Image files -> (uint8 [N, 3, 32, 32] of the readable, their indices into paths, {path: reason} of the rest)."""
     def read(path):
         try:
             with Image.open(path) as image:
@@ -212,36 +212,22 @@ def read_folder(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Embedded images: drawn in a second, so that the whole method runs with no download.
 
-SHAPES = ("disc", "square", "triangle", "cross")                     # x 2 textures = the 8 ID classes
-HELD_OUT_SHAPES = ("ring", "star", "bar", "half_disc")               # near-OOD: same style, other shapes
+# Which points of the plane, x and y [N, H, W] at distance r, lie in the shape of radius 1 about the origin. Four are the ID
+# classes, x 2 textures = 8; the others are near-OOD: the same style, other shapes.
+SHAPES = {"disc": lambda x, y, r: r < 0.9,
+          "square": lambda x, y, r: torch.maximum(x.abs(), y.abs()) < 0.8,
+          "triangle": lambda x, y, r: (y > -0.5) & (y < 1 - math.sqrt(3) * x.abs()),
+          "cross": lambda x, y, r: (torch.minimum(x.abs(), y.abs()) < 0.33) & (torch.maximum(x.abs(), y.abs()) < 1)}
+HELD_OUT_SHAPES = {"ring": lambda x, y, r: (r < 1) & (r > 0.55),
+                   "star": lambda x, y, r: r < 0.65 + 0.35 * torch.cos(5 * torch.atan2(y, x)),
+                   "bar": lambda x, y, r: (x.abs() < 1) & (y.abs() < 0.4),
+                   "half_disc": lambda x, y, r: (r < 1) & (y > 0)}
 SHAPES_SIZES = {"train": 4000, "val": 500, "test": 1500, "held_out": 1500}  # other sets: 500
 
 
 def uniform(n, low, high, generator):
     """[n, 1, 1] draws between low and high, to be broadcast over the pixels of n images."""
     return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
-
-
-def shape_masks(name, x, y):
-    """Which points of the plane [n, H, W] lie in the shape of radius 1 about the origin."""
-    r, angle = (x ** 2 + y ** 2).sqrt(), torch.atan2(y, x)
-    if name == "disc":
-        return r < 0.9
-    if name == "square":
-        return torch.maximum(x.abs(), y.abs()) < 0.8
-    if name == "triangle":
-        return (y > -0.5) & (y < 1 - math.sqrt(3) * x.abs())
-    if name == "cross":
-        return (torch.minimum(x.abs(), y.abs()) < 0.33) & (torch.maximum(x.abs(), y.abs()) < 1)
-    if name == "ring":
-        return (r < 1) & (r > 0.55)
-    if name == "star":
-        return r < 0.65 + 0.35 * torch.cos(5 * angle)
-    if name == "bar":
-        return (x.abs() < 1) & (y.abs() < 0.4)
-    if name == "half_disc":
-        return (r < 1) & (y > 0)
-    raise ValueError(f"no shape {name}")
 
 
 def draw_set(split):
@@ -284,7 +270,8 @@ def draw_set(split):
         images = torch.where(clutter[:, None], torch.rand(n, 3, 1, 1, generator=g), images)
         scale, du, dv = uniform(n, 0.6, 0.9, g), uniform(n, -0.2, 0.2, g), uniform(n, -0.2, 0.2, g)
         u, v = (along - du) / scale, (across - dv) / scale                            # the shape's own coordinates
-        masks = torch.stack([shape_masks(name, u, v) for name in shapes])             # [4, N, H, W]
+        r = (u ** 2 + v ** 2).sqrt()
+        masks = torch.stack([inside(u, v, r) for inside in shapes.values()])          # [4, N, H, W]
         mask = masks[labels // 2, torch.arange(n)]                                    # [N, H, W]
         checks = ((u * 6).sin() * (v * 6).sin() > 0) & (labels % 2 == 1)[:, None, None]
         images = torch.where((mask & ~checks)[:, None], second, images)
@@ -420,7 +407,8 @@ def detection_metrics(conf_id, conf_ood):
     OOD is caught; 'fpr95_id', the share of OOD accepted once 95 % of ID is accepted. Equal confidences count as one
     threshold, as in scikit-learn. Raises ValueError on an empty input or a NaN.
     """
-    conf_id, conf_ood = (torch.as_tensor(conf).detach().cpu().double().flatten().numpy() for conf in (conf_id, conf_ood))
+    conf_id, conf_ood = (torch.as_tensor(conf).detach().cpu().double().flatten().numpy()
+                         for conf in (conf_id, conf_ood))
     if not len(conf_id) or not len(conf_ood):
         raise ValueError("detection_metrics needs at least one ID and one OOD confidence")
     conf = np.concatenate([conf_id, conf_ood])
@@ -488,8 +476,8 @@ def load_benchmark(dataset, data_root, folders=()):
 
 
 def reference(net, dataset, images, device, critic=None):
-    """What scores may know of a network (see 'Scores'): its outputs on the training images where they are given, else the
-    mean that its critic's file holds."""
+    """What scores may know of a network (see 'Scores'): its outputs on the training images where they are given, else
+    the mean that its critic's file holds."""
     ref = {"weight": net.fc.weight.detach().cpu().float()}
     if images is not None:
         ref["features"] = outputs(net, images, dataset, device)[1]
@@ -520,7 +508,7 @@ def confidences(net, images, dataset, device, scores, ref):
 
 
 def evaluate(net, sets, dataset, device, scores, ref):
-    """One network on load_benchmark's sets, with its reference() -> (entry of results.json, {score: {set: conf [N]}})."""
+    """One network on load_benchmark's sets and its reference() -> (entry of results.json, {score: {set: conf [N]}})."""
     names, sizes = list(sets), [len(images) for images, _ in sets.values()]
     conf, predicted = confidences(net, torch.cat([images for images, _ in sets.values()]), dataset, device, scores, ref)
     correct = predicted[:sizes[0]] == sets["id"][1]
@@ -576,10 +564,10 @@ RUN_WORDS = ("--seed", "--out", "--data-root", "--device", "--ce", "--teacher") 
 
 
 def collect(paths):
-    """results.json files -> the lines of README's tables in Markdown: mean ± standard deviation (n - 1) over a row's files.
+    """results.json files -> lines of README's Markdown tables: mean ± standard deviation (n - 1) over a row's files.
 
-    A row is the student of one command, whatever its RUN_WORDS. The cross-entropy networks from which students started, one
-    a seed, are a row of their own; a network measured by evaluate.py has a row under its name.
+    A row is the student of one command, whatever its RUN_WORDS. The cross-entropy networks from which students started,
+    one a seed, are a row of their own; a network measured by evaluate.py has a row under its name.
     """
     rows = {}  # network and command -> {seed or file: entry of results.json's models}
     for path in paths:
@@ -594,7 +582,8 @@ def collect(paths):
             fail(f"{path} is not a results.json of this program ({type(problem).__name__}): leave it out")
     entries = [entry for row in rows.values() for entry in row.values()]
     scores = [score for score in ("ebo", "fdbd", "micl") if all(score in entry["scores"] for entry in entries)]
-    sets = {name: f"{Path(name).name} ({found['n']})" for name, found in entries[0]["scores"][scores[0]]["sets"].items()}
+    sets = {name: f"{Path(name).name} ({found['n']})"
+            for name, found in entries[0]["scores"][scores[0]]["sets"].items()}
 
     def cell(values):
         return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
@@ -604,7 +593,8 @@ def collect(paths):
         for score in scores:
             start = [name, len(row), cell([e["id_acc"] for e in row.values()])] if score == scores[0] else [""] * 3
             means = [cell([e["scores"][score][group][metric] for e in row.values()])
-                     for group in ("near", "far") if group in entries[0]["scores"][score] for metric in ("auroc", "fpr95")]
+                     for group in ("near", "far") if group in entries[0]["scores"][score]
+                     for metric in ("auroc", "fpr95")]
             yield "| " + " | ".join(map(str, [*start, score, *means])) + " |"
     yield "\n| AUROC | score | " + " | ".join(sets.values()) + " |\n" + "|---" * (2 + len(sets)) + "|"
     for name, row in rows.items():
@@ -625,7 +615,7 @@ def check_plot(path):
 
 
 def plot(path, columns, tpr):
-    """{title: {set: confidences [N]}} -> a picture of histograms: a row per OOD set, ID beside it, the threshold, AUROC."""
+    """{title: {set: conf [N]}} -> a picture of histograms: a row per OOD set, ID beside it, the threshold, AUROC."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -695,11 +685,13 @@ def main():
     parser.add_argument("--data-root", help="folder in the OpenOOD v1.5 layout, or where torchvision downloads (data)")
     parser.add_argument("--score", choices=[*SCORES, "all"], default="all")
     parser.add_argument("--ood", nargs="+", default=[], metavar="FOLDER", help="folders of your own OOD images")
-    parser.add_argument("--flag", metavar="FOLDER", help="print path, score (micl for all) and verdict of each image, CSV")
+    parser.add_argument("--flag", metavar="FOLDER",
+                        help="print path, score (micl for all) and verdict of each image, CSV")
     parser.add_argument("--threshold-tpr", type=share, metavar="T", default=0.95,
                         help="the threshold of --flag and --plot accepts this share of the ID images (0.95)")
     parser.add_argument("--plot", metavar="FILE.png", help="histograms of the score (ebo and micl for all)")
-    parser.add_argument("--collect", nargs="+", metavar="RESULTS.json", help="print README's tables of these runs and stop")
+    parser.add_argument("--collect", nargs="+", metavar="RESULTS.json",
+                        help="print README's tables of these runs and stop")
     parser.add_argument("--out", default="runs/evaluate", help="folder for results.json")
     parser.add_argument("--device", default=best_device())
     args = parser.parse_args()
@@ -738,12 +730,14 @@ def main():
     start = time.perf_counter()
     sets, missing = load_benchmark(args.dataset, data_root, args.ood)
     if len(sets) == 1:
-        fail(f"no OOD set in {data_root}: nothing to detect ({', '.join(missing)} are missing); name folders with --ood")
+        fail(f"no OOD set in {data_root}: nothing to detect ({', '.join(missing)} are missing); name "
+             "folders with --ood")
     results = {"dataset": args.dataset, "command": " ".join(["evaluate.py", *sys.argv[1:]]), "device": args.device,
                "versions": versions(), "missing": missing, "models": {}}
     columns = {}
     for name, net in nets.items():
-        ref = reference(net, args.dataset, train_images(scores, critics[name], args, data_root), args.device, critics[name])
+        ref = reference(net, args.dataset, train_images(scores, critics[name], args, data_root), args.device,
+                        critics[name])
         results["models"][name], conf = evaluate(net, sets, args.dataset, args.device, scores, ref)
         columns |= {f"{name}: {score}": conf[score] for score in scores if score in ("ebo", "micl", args.score)}
     results["seconds"] = {"total": time.perf_counter() - start}
@@ -761,7 +755,7 @@ def train_images(scores, critic, args, data_root):
 
 
 def flag(net, critic, score, args, data_root):
-    """Prints a CSV: path, score and verdict of each image of a folder, and MICL's probability where the critic is there."""
+    """Prints a CSV: path, score and verdict of each image of a folder, and MICL's probability if there is a critic."""
     p_id = critic.probability if critic and score == "micl" else None
     images, paths, bad = read_folder(args.flag)
     ref = reference(net, args.dataset, train_images([score], critic, args, data_root), args.device, critic)

@@ -3,9 +3,9 @@
     oal:      cross-entropy + 4 KD(logits) + 16 KD(feature maps) + 1 MICL(latent outliers)
     released: cross-entropy + 4 KD(logits) + 8 KD(features) + 0.1 CLUB(boundary outliers) + 0.2 CLUB(latent outliers)
 
-`distill_logits` and `distill_features` are those of the released code (openood/trainers/oal_trainer.py); `distill_maps` is
-what a teacher with the student's own units allows. MICL, the mutual-information contrast between ID features and outliers,
-is the class of that name; `micl_released` is its released form, whose expectation is zero (README, section 'Audit').
+`distill_logits` and `distill_features` are those of the released code (openood/trainers/oal_trainer.py); `distill_maps`
+is what a teacher with the student's own units allows. `MICL` is the mutual-information contrast between ID features and
+outliers; `micl_released` is its released form, whose expectation is zero (README, section 'Audit').
 """
 import math
 
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 def distill_logits(student_logits, teacher_logits):
     """KL(teacher || student) in nats, mean over the batch; logits [B, C] each, temperature 1 as released."""
-    return F.kl_div(student_logits.log_softmax(1), teacher_logits.log_softmax(1), reduction="batchmean", log_target=True)
+    return F.kl_div(student_logits.log_softmax(1), teacher_logits.log_softmax(1),
+                    reduction="batchmean", log_target=True)
 
 
 def distill_features(student_features, targets):
@@ -28,7 +29,7 @@ def distill_features(student_features, targets):
 
 
 def distill_maps(student_maps, teacher_maps):
-    """Mean squared difference of feature maps over the teacher's mean square, summed over the stages: 0 where all are equal.
+    """Mean squared difference of feature maps over the teacher's mean square, summed over stages: 0 if all are equal.
 
     Lists of maps [B, C, H, W], a stage's two of one shape. FitNets' hints (Romero et al., arXiv 1412.6550) without a
     regressor between the two networks: the teacher has grown from the student's start, so their units correspond.
@@ -77,14 +78,14 @@ def micl_released(club, outliers, features):
 class MICL(nn.Module):
     """Mutual-information contrast: a lower bound of I(h; Z), whose critic is the OOD detector itself.
 
-    Z = 1 for an ID image and 0 for an outlier that went through the network in the same batch, both equally likely. For any
+    Z = 1 for an ID image and 0 for an outlier that went through the network in the same batch, equally likely. For any
     q, I(h; Z) >= log 2 + E log q(Z|h) (Barber & Agakov 2003). Here q(Z = 1|h) = sigmoid(a (r(h) - tau)) with the ratio
 
         r(h) = m / d,  m = top logit - mean logit,  d = |h - mean|
 
-    how far the predicted class stands out per unit of distance from the centre of the ID features: whether a feature points
+    how far the predicted class stands out per unit of distance from the ID features' centre: whether a feature points
     along a class, whatever its length. tau is the ratio at which ID and outlier are equally likely, a > 0 how fast the
-    odds change there. Both are trained with the network (no weight decay); `mean` [D] is a running mean of the ID features.
+    odds change there. Both are trained with the network (no weight decay); `mean` [D] is a running mean of ID features.
 
         critic = MICL.start(id_logits, id_features)      # of the network that is to be trained
         loss = loss + critic(logits, features, is_id)    # in each step; critic's parameters in the optimiser
@@ -99,7 +100,7 @@ class MICL(nn.Module):
 
     @classmethod
     def start(cls, id_logits, id_features):
-        """ID logits [N, C] and features [N, D] -> a critic: tau their 5 % quantile, and a two standard deviations = 2."""
+        """ID logits [N, C] and features [N, D] -> critic: tau their 5 % quantile, and a two standard deviations = 2."""
         critic = cls(id_features.mean(0))
         ratio = critic.score(id_logits, id_features)
         return cls(critic.mean, 1 / ratio.std(), ratio.quantile(0.05))
@@ -116,8 +117,8 @@ class MICL(nn.Module):
     def forward(self, logits, features, is_id):
         """Logits [B, C], features [B, D], is_id bool [B] -> minus the bound in nats, a scalar above -log 2.
 
-        0 says nothing, -log 2 that every image is told. In training mode the running mean moves a tenth of the way to that of
-        the ID features. Without an ID row or an outlier the result is NaN.
+        0 says nothing, -log 2 that every image is told. In training mode the running mean moves a tenth of the way to
+        that of the ID features. Without an ID row or an outlier the result is NaN.
         """
         n_id, n_outliers = is_id.sum(), (~is_id).sum()
         if self.training:

@@ -1,8 +1,8 @@
-"""The networks: residual classifiers of three sizes for 32x32 images, and the projection of released feature distillation.
+"""Networks: residual classifiers of three sizes for 32x32 images, and the projection of released feature distillation.
 
 `resnet18` is the network of the OpenOOD v1.5 CIFAR board; its parameter names and shapes are those of OpenOOD's
 `ResNet18_32x32`, so checkpoints travel both ways. `resnet_small` has the same names, one block per stage and half the
-width (1.2 M parameters), and trains on a laptop; `resnet_tiny`, of a quarter of the width (0.3 M), is for the embedded images.
+width (1.2 M parameters), and trains on a laptop; `resnet_tiny`, a quarter as wide (0.3 M), is for the embedded images.
 
 A classifier is two halves: `lower` ends with the feature map of stage 2, `upper` goes from there to the features.
 OAL's synthesised latents are such maps: they enter between the halves and never exist as images.
@@ -56,7 +56,7 @@ class ResNet(nn.Module):
         return self.layer2(self.layer1(x))   # [B, 2W, 16, 16]
 
     def upper(self, maps, return_maps=False):
-        """Feature map of stage 2 [B, 2 * width, 16, 16] -> features [B, 8 * width], if asked with the maps of stages 3, 4."""
+        """Stage-2 feature map [B, 2 * width, 16, 16] -> features [B, 8 * width], if asked with maps of stages 3, 4."""
         third = self.layer3(maps)                 # [B, 4W, 8, 8]
         fourth = self.layer4(third)               # [B, 8W, 4, 4]
         features = fourth.float().mean((2, 3))    # [B, D]; float32: energies of bf16 features would tie
@@ -81,14 +81,15 @@ def build(name, num_classes):
 
 
 def autocast(device):
-    """bf16 autocast where the device has bf16 instructions, but for Intel CPUs without AMX; else a context that does nothing.
+    """bf16 autocast where the device has bf16 instructions, but for Intel CPUs without AMX; else a null context.
 
     A Xeon of that kind trained resnet_small on 367 images per second in bf16 and on 495 in float32. A CPU without the
     instructions would emulate them and be slower than in float32.
     """
     device, cpu = torch.device(device), torch.cpu.get_capabilities()
     faster = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-              "cpu": cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", "")}.get(device.type)
+              "cpu": cpu.get("amx_bf16")
+                     or cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", "")}.get(device.type)
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(faster))
 
 

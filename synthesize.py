@@ -3,8 +3,8 @@
     python synthesize.py runs/cifar100/ce.pt --dataset cifar100 --data-root DIR --out outliers.pt
 
 1. `boundary_outliers`: per class, the training features that are farthest from their class by k-nearest-neighbour
-   distance, and around them the Gaussian draws that are farther still (the paper's section 3.2; NPOS, arXiv 2303.02966).
-2. A latent diffusion model, trained here in about a minute, learns ID latents given the unit feature of their image, and
+   distance, and around them the Gaussian draws farther still (the paper's section 3.2; NPOS, arXiv 2303.02966).
+2. A latent diffusion model, trained here in about a minute, learns ID latents given their image's unit feature, and
    then draws latents under the boundary outliers as conditions. A latent is the code of a stage-2 feature map; decoded,
    it enters the network between `lower` and `upper`, and never becomes an image.
 
@@ -46,9 +46,9 @@ def boundary_outliers(features, labels, per_class=100, generator=None, k_fractio
 
     features float32 [N, D] of any length, labels int64 [N]. Per class: the k-th nearest-neighbour distance (k =
     k_fraction of its images: 300 of 500 in the released code) ranks the images; the `boundary` farthest are the
-    boundary. Around these in turn, the farthest first, `draws` samples of N(0, s^2 I), renormalised, of which the `keep`
-    farthest by the same distance stay, until the class has per_class: with few, the nearer boundary points get none. Only
-    one boundary point's draws are held at a time.
+    boundary. Around these in turn, the farthest first, `draws` samples of N(0, s^2 I), renormalised, of which the
+    `keep` farthest by the same distance stay, until the class has per_class: with few, the nearer boundary points get
+    none. Only one boundary point's draws are held at a time.
 
     What matters of the noise is its length s sqrt(D): the cosine to the boundary point is about 1 / sqrt(1 + s^2 D)
     whatever D is. So s = sigma sqrt(768 / D): `sigma` means what it means in the paper, at 768 dimensions.
@@ -93,7 +93,7 @@ def gaussian_outliers(features, labels, per_class, generator, draws=10000):
     means = torch.stack([features[labels == label].mean(0) for label in classes])         # [C, D]
     centred = features - means[torch.searchsorted(classes, labels)]
     covariance = centred.T @ centred / len(features)
-    root = torch.linalg.cholesky(covariance + 1e-4 * torch.eye(len(covariance)).double())  # [D, D], as released: + 1e-4 I
+    root = torch.linalg.cholesky(covariance + 1e-4 * torch.eye(len(covariance)).double())  # [D, D], 1e-4 as released
     outliers = []
     for mean in means:
         z = torch.randn(draws, len(root), generator=generator)
@@ -105,8 +105,8 @@ def gaussian_outliers(features, labels, per_class, generator, draws=10000):
 # ---------------------------------------------------------------------------------------------------------------------
 # Latents: the code of a stage-2 feature map. The code is linear (the map's 256 principal components over the training
 # set: its layout), so it needs no training, and a synthesised code can replace the coded part of a real map and keep
-# its detail, as it is or scaled. Stable Diffusion's seam is here: its VAE's latent in place of `encode`, and any map from that
-# latent to `decode`.
+# its detail, as it is or scaled. Stable Diffusion's seam is here: its VAE's latent in place of `encode`, and any map
+# from that latent to `decode`.
 
 CODE = 256   # numbers per latent
 BATCH = 256  # latents per step of the diffusion model's training
@@ -114,7 +114,7 @@ BATCH = 256  # latents per step of the diffusion model's training
 
 @torch.no_grad()
 def fit_codec(maps):
-    """Stage-2 maps [N, C, H, W] -> codec, a dict of plain tensors: mean [P], basis [L, P] orthonormal, scale []; P = CHW.
+    """Stage-2 maps [N, C, H, W] -> codec, dict of plain tensors: mean [P], basis [L, P] orthonormal, scale []; P = CHW.
 
     L = 256, or N - 1 where that is less. Principal components by the Gram matrix of the maps: exact, N x N.
     """
@@ -185,11 +185,10 @@ def signal_and_noise(time):
     return angle.cos(), angle.sin()
 
 
-def train_diffusion(latents, conds, steps, generator, device="cpu", batch_size=BATCH, lr=1e-3, drop=0.1, report=None):
+def train_diffusion(latents, conds, steps, generator, device="cpu", batch_size=BATCH, lr=1e-3, drop=0.1):
     """Latents [N, L] with their conditions [N, D] -> a Denoiser fitted by `steps` steps of the velocity loss.
 
-    The condition is dropped with probability `drop`, so that one network knows p(z|c) and p(z). report(step, loss), if
-    given, is called after each step.
+    The condition is dropped with probability `drop`, so that one network knows p(z|c) and p(z).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2 ** 31, (), generator=generator)))
@@ -210,8 +209,8 @@ def train_diffusion(latents, conds, steps, generator, device="cpu", batch_size=B
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if report:
-            report(step, loss.detach())
+        if (step + 1) % max(1, steps // 5) == 0:
+            print(f"synthesize: diffusion step {step + 1}/{steps}, loss {loss.item():.3f}", flush=True)
     return net.eval()
 
 
@@ -244,8 +243,8 @@ def ddim(net, conds, latent_dim, generator, guidance=GUIDANCE, steps=50):
 def transplant(codes, hosts, codec, detail=1.0):
     """Codes [B, L] of outliers -> stage-2 maps [B, C, H, W]: each host's map with its coded part replaced.
 
-    hosts [B, C, H, W] are maps of ID images. What the code leaves out stays the host's: at `detail` 1 an outlier
-    cannot be told by detail that the codec never draws. Another, a number or [B, 1, 1, 1], makes it smoother or rougher.
+    hosts [B, C, H, W] are maps of ID images. What the code leaves out stays the host's: at `detail` 1 an outlier cannot
+    be told by detail that the codec never draws. Another, a number or [B, 1, 1, 1], makes it smoother or rougher.
     """
     with torch.autocast(hosts.device.type, enabled=False):
         left_out = hosts - decode(encode(hosts, codec), codec, hosts.shape[1:])
@@ -256,8 +255,8 @@ def outlier_maps(maps, outliers, n, generator, kind="diffusion", mine=slice(None
     """Stage-2 maps of a batch of ID images [B, C, H, W] and the tensors of outliers.pt -> n stage-2 maps of outliers.
 
     Each is a random latent in a random image's detail, both scaled by 0 to 2 at random: outliers of every contrast and
-    sharpness, from flat to glaring, from smooth to rough. kind 'noise' is the row to beat: Gaussian noise as strong as the
-    maps in place of the latents. `mine` is the share of the n that is returned: the draws are the same whatever it is.
+    sharpness, from flat to glaring, from smooth to rough. kind 'noise' is the row to beat: Gaussian noise as strong as
+    the maps in place of the latents. `mine` is the share of the n that is returned: the same draws whatever it is.
     """
     latents, device = outliers["latent"], maps.device
     chosen = torch.randint(len(latents), (n,), generator=generator)[mine].to(device)
@@ -290,22 +289,19 @@ def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generat
     """A trained network and its training set -> the tensors of outliers.pt, on the CPU.
 
     boundary [N, D] and latent [N, L] with boundary_labels and latent_labels [N], sorted by class, per_class of each;
-    mean, basis and scale are the codec of the latents. Latent i was drawn under the condition boundary[i]. The diffusion
-    model takes diffusion_steps, or 20 passes over the images where that is fewer: beyond, it learns them by heart.
+    mean, basis and scale are the codec of the latents. Latent i was drawn under the condition boundary[i]. The
+    diffusion model takes diffusion_steps, or 20 passes over the images if fewer: beyond, it learns them by heart.
     """
     diffusion_steps = min(diffusion_steps, 20 * len(images) // BATCH)
     spread = torch.linspace(0, len(images) - 1, min(2000, len(images))).long()  # the lists are sorted by class
     codec = fit_codec(torch.cat([maps for maps, _ in stage2(net, images[spread.to(images.device)], dataset, device)]))
-    pairs = [(encode(maps, codec), F.normalize(features, dim=1)) for maps, features in stage2(net, images, dataset, device)]
+    pairs = [(encode(maps, codec), F.normalize(features, dim=1))
+             for maps, features in stage2(net, images, dataset, device)]
     latents, features = (torch.cat(parts) for parts in zip(*pairs))                       # [N, L], [N, D]
     boundary, classes = boundary_outliers(features, labels.to(device), per_class, generator, sigma=sigma)
     print(f"synthesize: {len(boundary)} boundary outliers", flush=True)
 
-    def report(step, loss):
-        if (step + 1) % max(1, diffusion_steps // 5) == 0:
-            print(f"synthesize: diffusion step {step + 1}/{diffusion_steps}, loss {loss.item():.3f}", flush=True)
-
-    denoiser = train_diffusion(latents, features, diffusion_steps, generator, device, report=report)
+    denoiser = train_diffusion(latents, features, diffusion_steps, generator, device)
     latent = ddim(denoiser, boundary, latents.shape[1], generator, guidance)
     print(f"synthesize: {len(latent)} latents of {latent.shape[1]} numbers", flush=True)
     outliers = {"boundary": boundary, "boundary_labels": classes, "latent": latent, "latent_labels": classes, **codec}
@@ -352,12 +348,12 @@ def main():
     net = evaluate.load_network(args.checkpoint, evaluate.CLASSES[args.dataset])
     images, labels = evaluate.load(args.dataset, "train", evaluate.check_data_root(args))
     if labels.bincount().eq(1).any():
-        evaluate.fail(f"a class of {args.dataset} in {args.data_root} has a single image, which has no nearest neighbour: "
-                      "add one")
+        evaluate.fail(f"a class of {args.dataset} in {args.data_root} has a single image, which has no nearest "
+                      "neighbour: add one")
     evaluate.make_folder(Path(args.out).parent)
-    generator = torch.Generator().manual_seed(10 * args.seed + 2)  # train.py's: the same outliers, given the same options
-    outliers = synthesize(net, images, labels, args.dataset, args.per_class, args.diffusion_steps, generator, args.device,
-                          args.sigma, args.guidance)
+    generator = torch.Generator().manual_seed(10 * args.seed + 2)  # train.py's: same options, same outliers
+    outliers = synthesize(net, images, labels, args.dataset, args.per_class, args.diffusion_steps, generator,
+                          args.device, args.sigma, args.guidance)
     torch.save(outliers, args.out)
     print(f"written: {args.out}")
     if args.show:

@@ -69,7 +69,8 @@ def test_transform_is_openoods():
 
 
 @pytest.mark.parametrize("name, image, expected", [
-    ("palette.png", Image.new("RGB", (40, 40), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE), (10, 200, 30)),
+    ("palette.png", Image.new("RGB", (40, 40), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE),
+     (10, 200, 30)),
     ("gray16.png", Image.fromarray(np.full((40, 40), 40000, np.uint16)), (156, 156, 156)),
     ("rgba.png", Image.new("RGBA", (40, 40), (10, 200, 30, 128)), (10, 200, 30)),
     ("cmyk.jpg", Image.new("CMYK", (40, 40), (0, 0, 0, 255)), (0, 0, 0)),
@@ -147,7 +148,7 @@ def test_missing_sets_and_files(tmp_path, capsys):
     content = image.read_bytes()
     for damage, words in ((lambda: image.unlink(), ("1 of the 8", "3.png")),
                           (lambda: image.write_bytes(content[:40]), ("1 of the 8", "3.png")),
-                          (lambda: (root / "benchmark_imglist/cifar100/test_cifar100.txt").unlink(), ("test_cifar100",))):
+                          ((root / "benchmark_imglist/cifar100/test_cifar100.txt").unlink, ("test_cifar100",))):
         damage()
         (root / "oal_cache" / "cifar100" / "test_cifar100.pt").unlink(missing_ok=True)
         with pytest.raises(SystemExit) as stop:
@@ -176,10 +177,10 @@ def test_resnet18_has_openoods_names():
     state = models.build("resnet18", 100).state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     assert len(shapes) == 122 and sum(p.numel() for p in models.build("resnet18", 100).parameters()) == 11220132
-    for name, shape in {"conv1.weight": (64, 3, 3, 3), "bn1.running_var": (64,), "layer1.0.conv1.weight": (64, 64, 3, 3),
-                        "layer1.1.bn2.bias": (64,), "layer2.0.shortcut.0.weight": (128, 64, 1, 1),
-                        "layer2.0.shortcut.1.running_mean": (128,), "layer4.1.conv2.weight": (512, 512, 3, 3),
-                        "fc.weight": (100, 512), "fc.bias": (100,)}.items():
+    for name, shape in {"conv1.weight": (64, 3, 3, 3), "bn1.running_var": (64,),
+                        "layer1.0.conv1.weight": (64, 64, 3, 3), "layer1.1.bn2.bias": (64,),
+                        "layer2.0.shortcut.0.weight": (128, 64, 1, 1), "layer2.0.shortcut.1.running_mean": (128,),
+                        "layer4.1.conv2.weight": (512, 512, 3, 3), "fc.weight": (100, 512), "fc.bias": (100,)}.items():
         assert shapes[name] == shape
     assert "layer1.0.shortcut.0.weight" not in shapes
 
@@ -226,7 +227,7 @@ def test_kth_distance_against_a_loop(k):
 def test_boundary_outliers_against_a_loop():
     """The same draws, each step by the definition: rank, draw, keep, in Python loops."""
     features, labels = torch.randn(60, 8, generator=rng(1)), torch.arange(3).repeat(20)
-    found, found_labels = synthesize.boundary_outliers(features, labels, per_class=5, generator=rng(2), boundary=2, draws=30)
+    found, found_labels = synthesize.boundary_outliers(features, labels, 5, rng(2), boundary=2, draws=30)
     unit, g, expected = features / features.norm(dim=1, keepdim=True), rng(2), []
     for c in range(3):
         bank = unit[labels == c]
@@ -243,7 +244,8 @@ def test_boundary_outliers_against_a_loop():
 
 
 def test_boundary_outliers_contract():
-    features, labels = torch.randn(300, 64, generator=rng(1)) + 2 * F.one_hot(torch.arange(3).repeat(100), 64), torch.arange(3).repeat(100)
+    labels = torch.arange(3).repeat(100)
+    features = torch.randn(300, 64, generator=rng(1)) + 2 * F.one_hot(labels, 64)
     a, la = synthesize.boundary_outliers(features, labels, 20, rng(5))
     b, _ = synthesize.boundary_outliers(features, labels, 20, rng(5))
     c, _ = synthesize.boundary_outliers(features, labels, 20, rng(6))
@@ -351,7 +353,7 @@ def test_distillation_closed_forms():
 
 def test_distilled_maps_by_hand():
     """Shares of the teacher's energy that are missed, stage by stage: (1/2)^2, all, and none."""
-    teacher = [torch.full((2, 3, 4, 4), 2.0), torch.randn(2, 5, 2, 2, generator=rng()), torch.rand(2, 4, generator=rng())]
+    teacher = [2 * torch.ones(2, 3, 4, 4), torch.randn(2, 5, 2, 2, generator=rng()), torch.rand(2, 4, generator=rng())]
     student = [torch.full((2, 3, 4, 4), 3.0).bfloat16(), torch.zeros(2, 5, 2, 2), teacher[2].clone()]
     assert abs(losses.distill_maps(student, teacher).item() - 1.25) < 1e-6
     assert losses.distill_maps(teacher, teacher) == 0
@@ -377,7 +379,7 @@ def correlated(n, rho, generator, dim=4):
 
 @pytest.mark.parametrize("rho", [0.3, 0.5])
 def test_club_is_above_the_mutual_information_of_gaussians(rho):
-    """q fitted by likelihood on pairs of correlation rho: I = -2 log(1 - rho^2), CLUB with the true q = 4 rho^2/(1 - rho^2)."""
+    """q fitted by likelihood at correlation rho: I = -2 log(1 - rho^2), CLUB with the true q = 4 rho^2/(1 - rho^2)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         club = losses.CLUB(4, 4, 64)
@@ -412,7 +414,8 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_micl_has_not():
     weight, critic = torch.randn(5, 6, generator=rng(99)).requires_grad_(), losses.MICL(torch.ones(6), 2.0, 0.5).eval()
 
     def released(w, g):
-        return losses.micl_released(club, torch.randn(64, 5, generator=g) + 1, (torch.randn(64, 5, generator=g) @ w).relu())
+        return losses.micl_released(club, torch.randn(64, 5, generator=g) + 1,
+                                    (torch.randn(64, 5, generator=g) @ w).relu())
 
     def dependent(w, g):  # the outlier is grown from the image it is paired with
         x = torch.randn(64, 5, generator=g)
@@ -441,7 +444,7 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_micl_has_not():
 
 
 def test_micl_ratio_and_bound_by_hand():
-    """Top logit 3 above a mean of 1, feature (3, 4) from the mean (0, 0): 2 / 5; then the bound of one ID row and one outlier."""
+    """Top logit 3, mean 1, feature (3, 4) from the mean (0, 0): 2 / 5; then the bound of one ID row and one outlier."""
     logits, features = torch.tensor([[3.0, 1.0, -1.0], [0.0, 0.0, 3.0]]), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     critic = losses.MICL(torch.zeros(2), a=3.0, tau=0.5).eval()
     assert torch.allclose(critic.score(logits, features), torch.tensor([0.4, 1.0]))
@@ -451,13 +454,13 @@ def test_micl_ratio_and_bound_by_hand():
     assert abs(critic(logits, features, torch.tensor([True, False])).item() - by_hand) < 1e-6
     assert torch.allclose(critic.probability(torch.tensor([0.5, 1.0])), torch.tensor([0.5, 1 / (1 + math.exp(-1.5))]))
     assert critic.score(logits, torch.zeros(2, 2)).isfinite().all()                          # a feature at the centre
-    assert losses.MICL(torch.zeros(2), a=1e-9)(logits, features, torch.tensor([True, False])).abs() < 1e-6   # says nothing
+    assert losses.MICL(torch.zeros(2), 1e-9)(logits, features, torch.tensor([True, False])).abs() < 1e-6  # says nothing
     assert abs(losses.MICL(torch.zeros(2), a=1e4, tau=0.7).eval()(logits, features, torch.tensor([False, True]))
                + math.log(2)) < 1e-6                                                         # all are told
 
 
 def test_micl_is_a_bound_on_the_information_and_reaches_it():
-    """Ratios N(11, 1) of ID and N(9, 1) of outliers: log density ratio 2 (r - 10), so a = 2, tau = 10 give I(h; Z) itself."""
+    """Ratios N(11, 1) of ID and N(9, 1) of outliers: log density ratio 2 (r - 10), so a = 2, tau = 10 give I(h; Z)."""
     r = torch.cat([11 + torch.randn(100000, generator=rng()), 9 + torch.randn(100000, generator=rng(1))])
     logits, features = torch.tensor([[1.0, -1.0]]).expand(len(r), 2), (1 / r)[:, None]       # m = 1 and d = 1 / r
     is_id = torch.arange(len(r)) < 100000
@@ -467,7 +470,7 @@ def test_micl_is_a_bound_on_the_information_and_reaches_it():
     information = torch.trapezoid(0.5 * (p * (2 * p / (p + q)).log() + q * (2 * q / (p + q)).log()), x).item()
     bound = lambda critic: -critic.eval()(logits, features, is_id).item()
     assert abs(bound(losses.MICL(torch.zeros(1), 2.0, 10.0)) - information) < 3e-3
-    assert all(bound(losses.MICL(torch.zeros(1), *other)) < information - 3e-3 for other in ((1, 10), (4, 10), (2, 9.5)))
+    assert all(bound(losses.MICL(torch.zeros(1), *pair)) < information - 3e-3 for pair in ((1, 10), (4, 10), (2, 9.5)))
     critic = losses.MICL(torch.zeros(1), 0.7, 9.0).eval()
     optimizer = torch.optim.LBFGS(critic.parameters(), max_iter=50, line_search_fn="strong_wolfe")
     def closure():
@@ -488,7 +491,7 @@ def test_micl_moves_ratios_apart_and_its_mean_by_id_features_alone():
     logits.requires_grad_()
     critic.eval()(logits, features, is_id).backward()
     top = logits.grad[torch.arange(12), logits.argmax(1)]
-    assert (top[:8] < 0).all() and (top[8:] > 0).all()                                     # ID ratios rise, outliers' fall
+    assert (top[:8] < 0).all() and (top[8:] > 0).all()                                     # ID ratios rise, others fall
     before = critic.mean.clone()
     critic(logits, features + 1, is_id)
     assert critic.mean.equal(before)                                                       # test mode
@@ -508,7 +511,7 @@ def test_logit_norm_by_hand():
 
 
 def test_vos_by_hand():
-    """One ID row of energy log 6 and one outlier of log 2, then with class 0 weighted out; gradients reach the critic."""
+    """An ID row of energy log 6 and an outlier of log 2, then with class 0 weighted out; gradients reach the critic."""
     vos = losses.VOS(2)
     inlier, outlier = torch.tensor([[2.0, 4.0]]).log(), torch.tensor([[1.0, 1.0]]).log()
     nll = lambda e_id, e_out: 0.5 * (math.log(1 + math.exp(-e_id)) + math.log(1 + math.exp(e_out)))
@@ -522,7 +525,7 @@ def test_vos_by_hand():
 
 
 def test_gaussian_outliers_follow_their_class_and_its_density():
-    """Two classes with one covariance: as many as asked, about the class's mean, at the chi-square tail of its Gaussian."""
+    """Two classes of one covariance: as many as asked, about the class mean, at the chi-square tail of its Gaussian."""
     g = rng()
     root = torch.randn(6, 6, generator=g)
     labels = torch.tensor([0, 1]).repeat(2000)
@@ -640,7 +643,7 @@ def test_metrics_of_a_million_scores_cost_less_than_five_sorts():
     assert best(lambda: evaluate.detection_metrics(conf[:500_000], conf[500_000:])) < 5 * best(lambda: np.argsort(conf))
 
 
-@pytest.mark.parametrize("conf_id, conf_ood", [([], [1.0]), ([1.0], []), ([float("nan")], [1.0]), ([1.0], [float("nan")])])
+@pytest.mark.parametrize("conf_id, conf_ood", [([], [1.0]), ([1.0], []), ([math.nan], [1.0]), ([1.0], [math.nan])])
 def test_metrics_refuse(conf_id, conf_ood):
     with pytest.raises(ValueError):
         evaluate.detection_metrics(conf_id, conf_ood)
@@ -681,8 +684,8 @@ def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
 def test_a_class_of_a_single_image_has_no_boundary(tmp_path, monkeypatch, capsys):
     root = openood_tree(tmp_path)  # one training image per class
     torch.save(train.build("resnet_small", 100, 0).state_dict(), tmp_path / "net.pt")
-    monkeypatch.setattr(sys, "argv", ["synthesize.py", str(tmp_path / "net.pt"), "--dataset", "cifar100", "--data-root", str(root),
-                                      "--out", str(tmp_path / "outliers.pt")])
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", str(tmp_path / "net.pt"), "--dataset", "cifar100",
+                                      "--data-root", str(root), "--out", str(tmp_path / "outliers.pt")])
     with pytest.raises(SystemExit) as stop:
         synthesize.main()
     assert stop.value.code == 2 and "a single image" in capsys.readouterr().err.splitlines()[-1]
@@ -717,12 +720,13 @@ def test_checkpoints_of_others(tmp_path, capsys):
     torch.save(state, path)
     small = {**models.build("resnet_small", 10).state_dict()}
     del small["layer1.0.bn1.bias"]
-    for make, arch, says in ((lambda: None, "resnet_small", "resnet18"), (lambda: path.write_bytes(whole[:5000]), None, "weights"),
-                             (lambda: path.write_text("text"), None, "weights"), (lambda: torch.save([1, 2], path), None, "state_dict"),
-                             (lambda: torch.save({"a": "b"}, path), None, "state_dict"), (lambda: torch.save({}, path), None, "state_dict"),
-                             (lambda: torch.save(net, path), None, "weights"), (lambda: torch.save(small, path), None, "bn1.bias"),
-                             (lambda: torch.save(models.build("resnet18", 7).state_dict(), path), None, "7 classes"),
-                             (lambda: torch.save({**state, "fc.bias": state["fc.bias"] / 0}, path), None, "not finite")):
+    save = lambda content: lambda: torch.save(content, path)
+    for make, arch, says in ((lambda: None, "resnet_small", "resnet18"), (save([1, 2]), None, "state_dict"),
+                             (lambda: path.write_bytes(whole[:5000]), None, "weights"), (save({}), None, "state_dict"),
+                             (lambda: path.write_text("text"), None, "weights"), (save(net), None, "weights"),
+                             (save({"a": "b"}), None, "state_dict"), (save(small), None, "bn1.bias"),
+                             (save(models.build("resnet18", 7).state_dict()), None, "7 classes"),
+                             (save({**state, "fc.bias": state["fc.bias"] / 0}), None, "not finite")):
         make()
         with pytest.raises(SystemExit) as stop:
             evaluate.load_network(path, 10, arch)
@@ -801,7 +805,7 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
     assert {"msp", "mls", "ebo", "knn", "fdbd", "micl"} <= set(found["ce"]["scores"]) and set(found) == {"ce", "oal"}
     assert results["options"]["recipe"] == "oal" and results["options"]["w_latent"] == 1.0
 
-    # The critic's file: the mean of the training features as they are measured, a and tau trained, the score the same by it.
+    # The critic's file: the mean of the training features as measured, a and tau trained, the score the same by it.
     images, critic = evaluate.load("shapes", "train")[0], files["student.critic"]
     student = evaluate.load_network(tmp_path / "a" / "student.pt", 8)
     ref = evaluate.reference(student, "shapes", images, "cpu")
@@ -826,13 +830,14 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
 
 
 def test_each_stage_has_epochs_of_its_own(tiny, tmp_path, capsys):
-    """Those of the arch, or for all of them those of the command line; and the run ends with what it changed, in three lines."""
+    """Those of the arch, or for all of them the command line's; the run ends with what it changed, in three lines."""
     train.TIERS["resnet_tiny"].update(epochs=dict(ce=1, teacher=3, oal=2))                 # tiny restores them
     for words, expected in (((), (1, 3, 2)), (("--epochs", "1"), (1, 1, 1))):
         tiny(tmp_path / str(len(words)), *words)
         lines = capsys.readouterr().out.splitlines()
         said = [line.split(", ")[0] for line in lines if ": epoch" in line]
-        assert said == [f"{stage}: epoch {i + 1}/{n}" for stage, n in zip(("ce", "teacher", "oal"), expected) for i in range(n)]
+        assert said == [f"{stage}: epoch {i + 1}/{n}"
+                        for stage, n in zip(("ce", "teacher", "oal"), expected) for i in range(n)]
     found = json.loads((tmp_path / "2" / "results.json").read_text())["models"]
     first = next(i for i, line in enumerate(lines) if line.startswith("accuracy "))
     values = [(found["ce"]["id_acc"], found["oal"]["id_acc"]),
@@ -853,7 +858,7 @@ def test_switched_off_terms_and_shared_start(tiny, tmp_path):
 
 
 def test_every_ablation_changes_the_student(tiny, tmp_path):
-    """From one network and one teacher: the same bits as the run that made them, and no two options the same weights."""
+    """From one network and teacher: the same bits as the run that made them, and no two options the same weights."""
     tiny(tmp_path / "default")
     shared = "--ce", tmp_path / "default" / "ce.pt", "--teacher", tmp_path / "default" / "teacher.pt"
     torch.save(train.build("resnet_small", 8, 0).state_dict(), tmp_path / "small.pt")   # a teacher of another arch
@@ -862,9 +867,9 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
         again, first = (torch.load(tmp_path / run / f"{name}.pt", weights_only=True) for run in ("again", "default"))
         assert all(again[key].equal(first[key]) for key in first)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
-    for i, words in enumerate(("--recipe released", "--recipe released --w-boundary 0", "--recipe released --w-boundary 0 --w-latent 0",
-                               "--outliers noise", "--w-kd 0", "--w-feat 0", "--w-latent 0", "--w-kd 0 --w-feat 0",
-                               "--peer vos", "--peer logitnorm",
+    for i, words in enumerate(("--recipe released", "--recipe released --w-boundary 0",
+                               "--recipe released --w-boundary 0 --w-latent 0", "--outliers noise", "--w-kd 0",
+                               "--w-feat 0", "--w-latent 0", "--w-kd 0 --w-feat 0", "--peer vos", "--peer logitnorm",
                                f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/small.pt")):
         tiny(tmp_path / str(i), *shared, *words.split())
         students.append(torch.load(tmp_path / str(i) / "student.pt", weights_only=True)["conv1.weight"])
@@ -877,17 +882,17 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
         tiny(tmp_path / f"seed{seed}", *shared, "--seed", seed)
     lines = list(evaluate.collect([tmp_path / run / "results.json" for run in ("default", "seed1", "seed2", "3", "4")]))
     load = lambda run, name: json.loads((tmp_path / run / "results.json").read_text())["models"][name]
-    rows = [line.split(" | ") for line in lines if line.startswith("| ce ") or line.startswith("| oal ")]
-    assert [row[:2] for row in rows[:4]] == [["| ce", "3"], ["| oal `train.py`", "3"], ["| oal `train.py --outliers noise`", "1"],
-                                             ["| oal `train.py --w-kd 0`", "1"]]
+    rows = [line[2:].split(" | ") for line in lines if line.startswith("| ce ") or line.startswith("| oal ")]
+    assert [row[:2] for row in rows[:4]] == [["ce", "3"], ["oal `train.py`", "3"],
+                                             ["oal `train.py --outliers noise`", "1"], ["oal `train.py --w-kd 0`", "1"]]
     near = [load(run, "oal")["scores"]["ebo"]["near"]["auroc"] for run in ("default", "seed1", "seed2")]
     assert rows[1][4] == f"{np.mean(near):.2f} ± {np.std(near, ddof=1):.2f}" and rows[1][3] == "ebo"
     assert rows[2][6] == f"{load('3', 'oal')['scores']['ebo']['far']['auroc']:.2f}"
 
 
 def test_a_step_of_the_student(monkeypatch):
-    """Latents stand behind the images: told 0 by MICL, in no other term. Maps are distilled from the image itself at each
-    stage: 0 from a teacher like the student; where one stage of it is doubled, that stage's 1/4."""
+    """Latents stand behind the images: told 0 by MICL, in no other term. Maps are distilled from the image itself at
+    each stage: 0 from a teacher like the student; where one stage of it is doubled, that stage's 1/4."""
     net, teacher = (train.build("resnet_tiny", 8, 0).eval() for _ in range(2))
     x, y = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=rng()), torch.arange(6)
     args = argparse.Namespace(dataset="shapes", device="cpu", outliers="diffusion", rank=0, world=1, batch=8)
@@ -922,8 +927,8 @@ def test_a_step_of_the_student(monkeypatch):
 
 
 def test_the_cuda_path_without_a_gpu(monkeypatch):
-    """Under fake tensors every tensor of a step, of the latents and of evaluation lives on 'cuda', and none is mixed with
-    one of the CPU: a mixed operation raises. Forward passes alone: the backward pass needs a real device."""
+    """Under fake tensors every tensor of a step, of the latents and of evaluation lives on 'cuda', and none is mixed
+    with one of the CPU: a mixed operation raises. Forward passes alone: the backward pass needs a real device."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def to(module, device, memory_format=None):  # Module.to swaps tensors, which fake ones refuse
@@ -938,7 +943,7 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
     args = argparse.Namespace(dataset="shapes", device="cuda", outliers="diffusion", rank=0, world=1, batch=8, crop=1,
                               w_boundary=0.1, w_latent=0.2)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        net, teacher, wide = (models.build(arch, 8).to("cuda") for arch in ("resnet_tiny", "resnet_tiny", "resnet_small"))
+        net, teacher, wide = (models.build(one, 8).to("cuda") for one in ("resnet_tiny", "resnet_tiny", "resnet_small"))
         images = torch.zeros(16, 3, 32, 32, dtype=torch.uint8, device="cuda")
         x, y = train.augment(images[:8], 1, rng()), torch.zeros(8, dtype=torch.int64, device="cuda")
         codec = {"mean": torch.zeros(8192, device="cuda"), "basis": torch.zeros(5, 8192, device="cuda"),
@@ -966,11 +971,11 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
 
 
 def test_resnet18_takes_three_steps_of_each_stage(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "SHAPES_SIZES", {"train": 48, "val": 8, "test": 8, "held_out": 8, "noise": 4, "stripes": 4,
-                                                   "flat": 4, "gradient": 4, "blobs": 4})
+    monkeypatch.setattr(evaluate, "SHAPES_SIZES", {"train": 48, "val": 8, "test": 8, "held_out": 8, "noise": 4,
+                                                   "stripes": 4, "flat": 4, "gradient": 4, "blobs": 4})
     monkeypatch.setitem(train.TIERS, "resnet18", dict(train.TIERS["resnet18"], per_class=2, diffusion_steps=3, batch=16,
                                                       epochs=dict(ce=1, teacher=1, oal=1)))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--arch", "resnet18", "--out", str(tmp_path / "a"), "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", [*"train.py --arch resnet18 --device cpu --out".split(), str(tmp_path / "a")])
     steps, step = [], torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(1) or step(self))
     train.main()
@@ -984,7 +989,7 @@ def test_outlier_maps():
     outliers = {"latent": torch.randn(9, 8, generator=rng(1)), **codec}
     drawn = lambda kind="diffusion", **more: synthesize.outlier_maps(maps, outliers, n, rng(2), kind, **more)
     codes = synthesize.encode(drawn(), outliers)
-    left_out = lambda maps: (maps - synthesize.decode(synthesize.encode(maps, outliers), outliers, maps.shape[1:])).flatten(1)
+    left_out = lambda m: (m - synthesize.decode(synthesize.encode(m, outliers), outliers, m.shape[1:])).flatten(1)
     for parts, known in ((codes, outliers["latent"]), (left_out(drawn()), left_out(maps))):
         cosine, which = (F.normalize(parts) @ F.normalize(known).T).max(1)
         ratio = parts.norm(dim=1) / known[which].norm(dim=1)                               # times 0 to 2
@@ -993,7 +998,7 @@ def test_outlier_maps():
     for kind in ("diffusion", "noise"):
         shares = torch.stack([drawn(kind, mine=slice(i, None, 2)) for i in range(2)], 1).flatten(0, 1)
         if kind == "diffusion":
-            assert torch.allclose(shares, drawn(kind), atol=1e-4)                          # 16 rows at a time round otherwise
+            assert torch.allclose(shares, drawn(kind), atol=1e-4)                          # 16 at once round otherwise
         else:
             assert (shares - drawn(kind)).std() < 0.1 * drawn(kind).std()                  # its strength is its share's
     other = {**outliers, "latent": outliers["latent"] + 1}
@@ -1006,7 +1011,8 @@ def test_torchrun(tmp_path):
 import sys
 sys.path.insert(0, {str(HERE)!r})
 import evaluate, train
-evaluate.SHAPES_SIZES = {{name: 60 for name in ("val", "test", "held_out", *evaluate.GROUPS["shapes"]["far"])}} | {{"train": 260}}
+evaluate.SHAPES_SIZES = {{name: 60 for name in ("val", "test", "held_out", *evaluate.GROUPS["shapes"]["far"])}}
+evaluate.SHAPES_SIZES["train"] = 260
 train.TIERS["resnet_tiny"].update(per_class=4, diffusion_steps=10)
 train.main()
 """)
@@ -1019,8 +1025,8 @@ train.main()
     assert set(one["models"]["oal"]["scores"]) == set(two["models"]["oal"]["scores"])
     one, two = (torch.load(tmp_path / name / "ce.pt", weights_only=True) for name in ("one", "two"))
     # One epoch of two steps: the two runs differ by batch-norm's halves of the batch alone, not by their images.
-    moved = F.cosine_similarity(*((state["fc.weight"] - train.build("resnet_tiny", 8, 0).state_dict()["fc.weight"]).flatten()
-                                  for state in (one, two)), dim=0)
+    start = train.build("resnet_tiny", 8, 0).state_dict()["fc.weight"]
+    moved = F.cosine_similarity(*((state["fc.weight"] - start).flatten() for state in (one, two)), dim=0)
     assert moved > 0.9
 
 
@@ -1028,7 +1034,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         tiny(tmp_path / "a", "--w-kd", "nan")
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and error.startswith("error: the loss is not finite at oal step 0: ce ") and "sum nan" in error
+    assert stop.value.code == 2 and "sum nan" in error
+    assert error.startswith("error: the loss is not finite at oal step 0: ce ")
 
 
 @pytest.mark.parametrize("recipe", ["oal", "released"])
@@ -1061,9 +1068,9 @@ def test_evaluate_on_a_users_images(tiny, tmp_path, monkeypatch, capsys):
     row = results["models"]["student"]["scores"]["ebo"]["sets"][str(tmp_path / "mine")]
     assert row["n"] == 5 and row["group"] == "yours"
     trained = json.loads((a / "results.json").read_text())["models"]["oal"]["scores"]
-    for score in trained:  # the same figures as the training run's, which had no folder in its batches
+    for score, groups in trained.items():  # the same figures as the training run's, which had no folder in its batches
         for group in ("near", "far"):
-            assert abs(trained[score][group]["auroc"] - results["models"]["student"]["scores"][score][group]["auroc"]) < 1e-9
+            assert abs(groups[group]["auroc"] - results["models"]["student"]["scores"][score][group]["auroc"]) < 1e-9
     with pytest.raises(SystemExit):
         go(a / "ce.pt", "--out", a)  # a training run's results stay
 
@@ -1076,7 +1083,7 @@ def test_evaluate_on_a_users_images(tiny, tmp_path, monkeypatch, capsys):
         assert abs(float(row[3]) - critic.probability(torch.tensor(float(row[1])))) < 1e-3
     (a / "student.critic.pt").rename(a / "kept")
     without = list(csv.reader(io.StringIO(go(a / "student.pt", "--flag", tmp_path / "mine").out)))
-    assert [row[:3] for row in rows] == without                                                # the score works all the same
+    assert [row[:3] for row in rows] == without                                                # the score works as well
     (a / "student.critic.pt").write_text("no critic")
     with pytest.raises(SystemExit):
         go(a / "student.pt", "--flag", tmp_path / "mine")
@@ -1096,7 +1103,8 @@ def test_a_file_name_that_is_no_text_is_printed_as_it_is(tmp_path):
     torch.save(train.build("resnet_small", 8, 0).state_dict(), tmp_path / "net.pt")
     name = os.fsdecode(b"caf\xe9.png")
     save_png(tmp_path / "mine" / name, 90, (20, 40))
-    done = subprocess.run([sys.executable, HERE / "evaluate.py", tmp_path / "net.pt", "--flag", tmp_path / "mine", "--device", "cpu"],
+    done = subprocess.run([sys.executable, HERE / "evaluate.py", tmp_path / "net.pt", "--flag", tmp_path / "mine",
+                           "--device", "cpu"],
                           capture_output=True, timeout=300, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
     assert done.returncode == 0, done.stderr
     assert os.fsencode(name) in done.stdout.splitlines()[1]

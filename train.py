@@ -5,8 +5,8 @@
     python train.py --dataset cifar100 --data-root DIR --arch resnet_small # 8 + 16 + 3 epochs: a laptop
     torchrun --nproc_per_node=N train.py --dataset cifar100 --data-root DIR
 
-In the order in which things happen: a cross-entropy network (the baseline, the student's start); its teacher, trained on
-from there; outliers synthesised from the network's features (synthesize.py); the student, trained on ID images and
+In the order in which things happen: a cross-entropy network (the baseline, the student's start); its teacher, trained
+on from there; outliers synthesised from the network's features (synthesize.py); the student, trained on ID images and
 outliers (losses.py); network and student measured side by side (evaluate.py). An ablation is a weight of 0: `--w-kd 0`
 trains without logit distillation. Without both distillations there is no teacher.
 """
@@ -30,9 +30,9 @@ import synthesize
 
 # OpenOOD v1.5's recipe for CIFAR; its rate is for a batch of 128 and is scaled with the batch.
 CE = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-# A recipe is an objective: cross-entropy plus these terms with these weights (losses.py). 'oal' is ours, 'released' has the
-# losses of the paper's code. An arch brings the size of a run: epochs of each stage; the student's learning rate; the
-# batch; padding of the random crop; outliers per class; steps of the diffusion model, at most.
+# A recipe is an objective: cross-entropy plus these terms with these weights (losses.py). 'oal' is ours, 'released' has
+# the losses of the paper's code. An arch brings the size of a run: epochs of each stage; the student's learning rate;
+# the batch; padding of the random crop; outliers per class; steps of the diffusion model, at most.
 RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_latent=1.0),
            "released": dict(w_kd=4.0, w_feat=8.0, w_boundary=0.1, w_latent=0.2)}
 PEERS = {"vos": {"ce": 1.0, "vos": 0.1}, "logitnorm": {"logitnorm": 1.0}}
@@ -43,12 +43,14 @@ TIERS = {"resnet18": dict(epochs=dict(ce=100, teacher=100, oal=100), oal_lr=0.00
          "resnet_tiny": dict(epochs=dict(ce=10, teacher=7, oal=4), oal_lr=0.01, batch=64, crop=1, per_class=50,
                              diffusion_steps=1000)}
 # What the optimiser does otherwise for what is trained beside the student: as released, and MICL's a and tau.
-HEADS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(lr=1e-4), "critic": dict(weight_decay=0.0)}
+HEADS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(lr=1e-4),
+         "critic": dict(weight_decay=0.0)}
 
 
 def generator(seed, stage):
     """A stage's only source of randomness: its draws are the same whether or not earlier stages were run here."""
-    return torch.Generator().manual_seed(10 * seed + ("weights", "ce", "synthesize", "oal", "teacher", "heads").index(stage))
+    return torch.Generator().manual_seed(10 * seed
+                                         + ("weights", "ce", "synthesize", "oal", "teacher", "heads").index(stage))
 
 
 def build(arch, num_classes, seed):
@@ -64,14 +66,14 @@ def augment(images, pad, g):
     top, left, flip = (torch.randint(high, (b, 1), generator=g).to(device) for high in (2 * pad + 1, 2 * pad + 1, 2))
     span = torch.arange(32, device=device)
     rows, cols = top + span, left + torch.where(flip == 1, 31 - span, span)                           # [B, 32] each
-    padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)                                # [B, 32 + 2 pad, 32 + 2 pad, 3]
+    padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)                              # [B, 32 + 2 pad, 32 + 2 pad, 3]
     cut = padded[torch.arange(b, device=device)[:, None, None], rows[:, :, None], cols[:, None, :]]   # [B, 32, 32, 3]
     return cut.permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a stage trains by: terms(x, y), a function of a batch, uint8 [B, 3, 32, 32] augmented and int64 [B] -> {term: scalar},
-# and the heads that are trained beside the network.
+# What a stage trains by: terms(x, y), a function of a batch, uint8 [B, 3, 32, 32] augmented and int64 [B] ->
+# {term: scalar}, and the heads that are trained beside the network.
 
 
 def ce_terms(net, args):
@@ -115,7 +117,8 @@ def oal_terms(student, teacher, outliers, images, args, g):
         if teacher:
             found["kd"] = losses.distill_logits(logits[:n], teacher_logits)
             if same_shape:
-                found["feat"] = losses.distill_maps([stage[:n] for stage in (maps, *later)], [teacher_maps, *teacher_later])
+                found["feat"] = losses.distill_maps([stage[:n] for stage in (maps, *later)],
+                                                    [teacher_maps, *teacher_later])
             else:
                 found["feat"] = losses.distill_features(features[:n], heads["projection"](teacher_features))
         if outliers:
@@ -129,8 +132,8 @@ def oal_terms(student, teacher, outliers, images, args, g):
 def released_terms(student, teacher, outliers, images, args, g):
     """The losses of the paper's code (../shared/RELEASED.md has the file of each) -> (heads, terms).
 
-    Outliers are drawn without regard to the images, and both CLUBs share the network's optimiser, which moves q down the
-    bound. As in oal_terms a weight of 0 leaves its term out.
+    Outliers are drawn without regard to the images, and both CLUBs share the network's optimiser, which moves q down
+    the bound. As in oal_terms a weight of 0 leaves its term out.
     """
     heads, dim = {}, student.fc.in_features
     if teacher:
@@ -157,7 +160,7 @@ def released_terms(student, teacher, outliers, images, args, g):
 
 
 def peer_terms(student, teacher, outliers, images, args, g):
-    """Two peers: LogitNorm alone, or cross-entropy and VOS's uncertainty loss against Gaussian outliers in feature space."""
+    """Two peers: LogitNorm alone, or cross-entropy and VOS's uncertainty loss on Gaussian outliers in feature space."""
     heads = {"vos": losses.VOS(student.fc.out_features)} if args.peer == "vos" else {}
 
     def terms(x, y):
@@ -184,8 +187,8 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, keep=True)
     """Trains `net` and its heads in place for one stage, 'ce', 'teacher' or 'oal'; adds the time taken to args.seconds.
 
     images uint8 [N, 3, 32, 32] and labels int64 [N] on args.device. The loss is the sum over weights {term: weight} of
-    what terms(x, y) returns. g: the stage's generator, which terms may share. With `keep`, saves checkpoint.pt after each
-    epoch and starts from it where it holds this stage.
+    what terms(x, y) returns. g: the stage's generator, which terms may share. With `keep`, saves checkpoint.pt after
+    each epoch and starts from it where it holds this stage.
     """
     rank, world = args.rank, args.world
     epochs, rate = args.epochs[stage], args.oal_lr if stage == "oal" else CE["lr"] * args.batch / 128
@@ -258,8 +261,8 @@ def check_finite(stage, first_step, names, values):
     if len(bad):
         row = values[bad[0, 0]].tolist()
         evaluate.fail(f"the loss is not finite at {stage} step {first_step + bad[0, 0].item()}: "
-                      f"{', '.join(f'{name} {value}' for name, value in zip(names, row))}; lower a --w-* weight, or try "
-                      "another --seed")
+                      f"{', '.join(f'{name} {value}' for name, value in zip(names, row))}; lower a --w-* weight, or "
+                      "try another --seed")
 
 
 def load_checkpoint(args):
@@ -320,10 +323,11 @@ def make_student(student, teacher, outliers, images, args):
 def benchmark(args, images, labels, teacher):
     """Images per second of the bare network, of each kind of step and of the test pass -> the dict of benchmark.json.
 
-    Each is timed in this one run, three times in turn after a warm-up, and the best counts. A ratio is the time of our step
-    over the sum of its bare parts, measured beside it: 1.0 is a step with no overhead.
+    Each is timed in this one run, three times in turn after a warm-up, and the best counts. A ratio is the time of our
+    step over the sum of its bare parts, measured beside it: 1.0 is a step with no overhead.
     """
-    n, classes, weights = min(10, len(images) // args.batch) * args.batch, evaluate.CLASSES[args.dataset], weights_of(args)
+    n, classes, weights = (min(10, len(images) // args.batch) * args.batch, evaluate.CLASSES[args.dataset],
+                           weights_of(args))
     args = argparse.Namespace(**{**vars(args), "epochs": dict(ce=1, teacher=1, oal=1)})
     images, labels = images[:n].to(args.device), labels[:n].to(args.device)
     net, teacher = (one.to(args.device, memory_format=torch.channels_last).eval()
@@ -348,9 +352,10 @@ def benchmark(args, images, labels, teacher):
                 optimizer.step()
 
     parts = {"bare": lambda: bare(lambda: F.cross_entropy(net.train()(x), labels[:args.batch])),
-             "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).square().mean()),  # their half of the network
+             "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).square().mean()),  # their half of a network
              "teacher_forward": lambda: torch.no_grad()(bare)(lambda: teacher(x)),
-             "ce_step": lambda: train("ce", net, *ce_terms(net, args), {"ce": 1.0}, images, labels, args, g, keep=False),
+             "ce_step": lambda: train("ce", net, *ce_terms(net, args), {"ce": 1.0}, images, labels, args, g,
+                                      keep=False),
              "oal_step": lambda: train("oal", net, heads, terms, weights, images, labels, args, g, keep=False),
              "test_pass": lambda: evaluate.outputs(net, images, args.dataset, args.device)}
     seconds = {name: [] for name in parts}
@@ -382,7 +387,8 @@ def parse_args():
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
     parser.add_argument("--teacher", metavar="FILE", help="distil from this network and train no teacher")
-    parser.add_argument("--recipe", choices=RECIPES, default="oal", help="the student's objective; released: the paper's code")
+    parser.add_argument("--recipe", choices=RECIPES, default="oal",
+                        help="the student's objective; released: the paper's code")
     parser.add_argument("--peer", choices=PEERS, help="train the student by this method in place of OAL")
     parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
                         help="noise: Gaussian noise in place of synthesised latents, to compare")
@@ -438,8 +444,8 @@ def main():
         dist.barrier()  # the first process downloads and decodes, the others read what it has left
     images, labels = (tensor.to(args.device) for tensor in evaluate.load(args.dataset, "train", args.data_root))
     if len(images) < args.batch or labels.bincount(minlength=classes).min() < 2:
-        evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs {args.batch} images, "
-                      "and 2 of each class")
+        evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs {args.batch} "
+                      "images, and 2 of each class")
     sets, missing = evaluate.load_benchmark(args.dataset, args.data_root)
     if args.rank == 0:
         if missing:
