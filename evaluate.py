@@ -212,8 +212,8 @@ def read_folder(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Embedded images: drawn in a second, so that the whole method runs with no download.
 
-# Which points of the plane, x and y [N, H, W] at distance r, lie in the shape of radius 1 about the origin. Four are the ID
-# classes, x 2 textures = 8; the others are near-OOD: the same style, other shapes.
+# Which points of the plane, x and y [N, H, W] at distance r, lie in the shape of radius 1 about the origin. Four are
+# the ID classes, x 2 textures = 8; the others are near-OOD: the same style, other shapes.
 SHAPES = {"disc": lambda x, y, r: r < 0.9,
           "square": lambda x, y, r: torch.maximum(x.abs(), y.abs()) < 0.8,
           "triangle": lambda x, y, r: (y > -0.5) & (y < 1 - math.sqrt(3) * x.abs()),

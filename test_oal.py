@@ -857,7 +857,7 @@ def test_switched_off_terms_and_shared_start(tiny, tmp_path):
         assert all(a[key].equal(b[key]) for key in a)
 
 
-def test_every_ablation_changes_the_student(tiny, tmp_path):
+def test_every_ablation_changes_the_student(tiny, tmp_path, monkeypatch):
     """From one network and teacher: the same bits as the run that made them, and no two options the same weights."""
     tiny(tmp_path / "default")
     shared = "--ce", tmp_path / "default" / "ce.pt", "--teacher", tmp_path / "default" / "teacher.pt"
@@ -866,6 +866,8 @@ def test_every_ablation_changes_the_student(tiny, tmp_path):
     for name in ("student", "student.critic"):
         again, first = (torch.load(tmp_path / run / f"{name}.pt", weights_only=True) for run in ("again", "default"))
         assert all(again[key].equal(first[key]) for key in first)
+    drawn = torch.load(tmp_path / "again" / "outliers.pt", weights_only=True)           # enough of the diffusion model
+    monkeypatch.setattr(synthesize, "synthesize", lambda *words: drawn)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
     for i, words in enumerate(("--recipe released", "--recipe released --w-boundary 0",
                                "--recipe released --w-boundary 0 --w-latent 0", "--outliers noise", "--w-kd 0",
@@ -898,7 +900,7 @@ def test_a_step_of_the_student(monkeypatch):
     args = argparse.Namespace(dataset="shapes", device="cpu", outliers="diffusion", rank=0, world=1, batch=8)
     maps = net.lower(evaluate.normalize(x, "shapes")).detach()
     outliers = {"latent": torch.randn(9, 5, generator=rng(1)), **synthesize.fit_codec(maps)}
-    heads, terms = train.oal_terms(net, teacher, outliers, x, args, rng())
+    heads, terms = train.oal_terms(net, teacher, outliers, x, y, args, rng())
     logits, features = evaluate.outputs(net, x, "shapes", "cpu")
     start = losses.MICL.start(logits, features)
     assert all(torch.allclose(value, start.state_dict()[name]) for name, value in heads["critic"].state_dict().items())
@@ -940,22 +942,22 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
         return module
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(synthesize, "gaussian_outliers", lambda *words: torch.zeros(9, 128))  # of the CPU alone
     args = argparse.Namespace(dataset="shapes", device="cuda", outliers="diffusion", rank=0, world=1, batch=8, crop=1,
-                              w_boundary=0.1, w_latent=0.2)
+                              w_boundary=0.1, w_latent=0.2, per_class=1, seed=0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         net, teacher, wide = (models.build(one, 8).to("cuda") for one in ("resnet_tiny", "resnet_tiny", "resnet_small"))
         images = torch.zeros(16, 3, 32, 32, dtype=torch.uint8, device="cuda")
         x, y = train.augment(images[:8], 1, rng()), torch.zeros(8, dtype=torch.int64, device="cuda")
         codec = {"mean": torch.zeros(8192, device="cuda"), "basis": torch.zeros(5, 8192, device="cuda"),
                  "scale": torch.ones((), device="cuda")}
-        outliers = {"latent": torch.zeros(9, 5, device="cuda"), "boundary": torch.zeros(9, 128, device="cuda"),
-                    "vos": torch.zeros(9, 128, device="cuda"), **codec}
+        outliers = {"latent": torch.zeros(9, 5, device="cuda"), "boundary": torch.zeros(9, 128, device="cuda"), **codec}
         for make, words in ((train.oal_terms, ("diffusion", None)), (train.oal_terms, ("noise", None)),
                             (train.released_terms, ("diffusion", None)), (train.peer_terms, ("diffusion", "vos")),
                             (train.peer_terms, ("diffusion", "logitnorm"))):
             for master in (teacher, wide):
                 args.outliers, args.peer = words
-                heads, terms = make(net, master, outliers, images, args, rng())
+                heads, terms = make(net, master, outliers, images, y, args, rng())
                 for head in heads.values():
                     head.to("cuda")
                 assert all(value.device.type == "cuda" for value in terms(x, y).values()), make.__name__

@@ -84,7 +84,7 @@ def ce_terms(net, args):
     return {}, terms
 
 
-def oal_terms(student, teacher, outliers, images, args, g):
+def oal_terms(student, teacher, outliers, images, labels, args, g):
     """OAL's objective -> (heads, terms). Without a teacher no distillation, without outliers no MICL."""
     heads, n_outliers = {}, args.batch // 4
     if outliers:  # every tenth image or so: the lists are sorted by class
@@ -129,7 +129,7 @@ def oal_terms(student, teacher, outliers, images, args, g):
     return heads, terms
 
 
-def released_terms(student, teacher, outliers, images, args, g):
+def released_terms(student, teacher, outliers, images, labels, args, g):
     """The losses of the paper's code (../shared/RELEASED.md has the file of each) -> (heads, terms).
 
     Outliers are drawn without regard to the images, and both CLUBs share the network's optimiser, which moves q down
@@ -159,16 +159,21 @@ def released_terms(student, teacher, outliers, images, args, g):
     return heads, terms
 
 
-def peer_terms(student, teacher, outliers, images, args, g):
-    """Two peers: LogitNorm alone, or cross-entropy and VOS's uncertainty loss on Gaussian outliers in feature space."""
-    heads = {"vos": losses.VOS(student.fc.out_features)} if args.peer == "vos" else {}
+def peer_terms(student, teacher, outliers, images, labels, args, g):
+    """Two peers: LogitNorm alone, or cross-entropy and VOS's loss against Gaussian outliers in the start's features."""
+    heads = {}
+    if args.peer == "vos":
+        heads["vos"] = losses.VOS(student.fc.out_features)
+        features = evaluate.outputs(student, images, args.dataset, args.device)[1]        # of the start
+        gaussian = synthesize.gaussian_outliers(features, labels.cpu(), args.per_class,
+                                                generator(args.seed, "synthesize")).to(args.device)
 
     def terms(x, y):
         with models.autocast(args.device):
             logits = student(evaluate.normalize(x, args.dataset))
         if args.peer == "logitnorm":
             return {"logitnorm": losses.logit_norm(logits, y)}
-        outlier_logits = student.classify(draw(outliers["vos"], len(y), args, g))
+        outlier_logits = student.classify(draw(gaussian, len(y), args, g))
         return {"ce": F.cross_entropy(logits, y), "vos": heads["vos"](logits, outlier_logits)}
 
     return heads, terms
@@ -311,13 +316,13 @@ def weights_of(args):
     return {"ce": 1.0, **{name: weight for name, weight in weights.items() if weight}}
 
 
-def make_student(student, teacher, outliers, images, args):
+def make_student(student, teacher, outliers, images, labels, args):
     """-> (heads, terms, generator) of the stage 'oal'; fresh heads depend on the seed alone."""
     g = generator(args.seed, "oal")
     make = peer_terms if args.peer else {"oal": oal_terms, "released": released_terms}[args.recipe]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(args.seed, "heads").initial_seed())
-        return *make(student, teacher, outliers, images, args, g), g
+        return *make(student, teacher, outliers, images, labels, args, g), g
 
 
 def benchmark(args, images, labels, teacher):
@@ -337,7 +342,7 @@ def benchmark(args, images, labels, teacher):
                 "latent": torch.randn(classes * 2, len(codec["basis"]), device=args.device), **codec}
     taught, through = weights.keys() & {"kd", "feat"}, args.recipe == "oal" and "latent" in weights
     heads, terms, g = make_student(net, teacher if taught else None, outliers if weights.keys() & {"boundary", "latent"}
-                                   else None, images, args)
+                                   else None, images, labels, args)
     optimizer = torch.optim.SGD(net.parameters(), **CE)
     x = evaluate.normalize(images[:args.batch], args.dataset)
     maps = net.lower(x[:args.batch // 4]).detach()
@@ -430,7 +435,7 @@ def main():
         other = [name for name in {**saved["options"], **args.options}
                  if saved["options"].get(name, "absent") != args.options.get(name, "absent")]
         evaluate.fail(f"{args.out} holds a run with other options ({', '.join(other)}): resume with the same command")
-    held = [name for name in ("ce.pt", "teacher.pt", "outliers.pt", "vos.pt", "student.critic.pt", "student.pt",
+    held = [name for name in ("ce.pt", "teacher.pt", "outliers.pt", "student.critic.pt", "student.pt",
                               "results.json") if (args.out / name).exists()]
     if not args.benchmark and (saved and not args.resume or held and not saved):
         evaluate.fail(f"{args.out} holds another run's {', '.join(held) or 'checkpoint.pt'}: name another folder with "
@@ -483,26 +488,22 @@ def main():
         load_weights(teacher, args, "teacher.pt")
 
     # 3. Outliers, from the cross-entropy network's features.
-    outliers, begun = None, time.perf_counter()
-    if weights.keys() & {"boundary", "latent", "vos"}:
-        file, g = "vos.pt" if args.peer else "outliers.pt", generator(args.seed, "synthesize")
-        if not (args.out / file).exists():
-            if args.peer:
-                features = evaluate.outputs(ce, images, args.dataset, args.device)[1]
-                found = {"vos": synthesize.gaussian_outliers(features, labels.cpu(), args.per_class, g)}
-            else:
-                found = synthesize.synthesize(ce, images, labels, args.dataset, args.per_class, args.diffusion_steps, g,
-                                              args.device)
+    outliers = None
+    if weights.keys() & {"boundary", "latent"}:
+        if not (args.out / "outliers.pt").exists():
+            begun = time.perf_counter()
+            found = synthesize.synthesize(ce, images, labels, args.dataset, args.per_class, args.diffusion_steps,
+                                          generator(args.seed, "synthesize"), args.device)
             args.seconds["synthesize"] = time.perf_counter() - begun
             save({"stage": "synthesize", "seconds": args.seconds, "options": args.options}, args, "checkpoint.pt")
-            save(found, args, file)
-        outliers = torch.load(args.out / file, map_location=args.device, weights_only=True)
+            save(found, args, "outliers.pt")
+        outliers = torch.load(args.out / "outliers.pt", map_location=args.device, weights_only=True)
 
     # 4. The student, which starts as the cross-entropy network.
     student = models.build(args.arch, classes)
     if not (args.out / "student.pt").exists():
         load_weights(student, args, "ce.pt")
-        heads, terms, g = make_student(student, teacher, outliers, images, args)
+        heads, terms, g = make_student(student, teacher, outliers, images, labels, args)
         train("oal", student, heads, terms, weights, images, labels, args, g)
         if "critic" in heads:  # its mean as it will be measured: of all training images, in test mode
             mean = evaluate.outputs(student, images, args.dataset, args.device)[1].mean(0)
