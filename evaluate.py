@@ -539,68 +539,57 @@ def headline(results):
             yield f"{group + '-OOD':<10} {old:6.2f} -> {new:6.2f}   (AUROC by ebo -> AUROC by micl)"
 
 
-def table(results):
-    """results.json's dict -> the lines of a table: per score and network, AUROC and FPR95 of every set and group."""
-    first = next(iter(results["models"].values()))["scores"]
-    rows = next(iter(first.values()))["sets"]
-    columns = [g for g in ("near", "far") if g in next(iter(first.values()))] + list(rows)
-    yield "AUROC / FPR95 in percent" + "".join(f"   {name}: accuracy {entry['id_acc']:.2f} ({entry['n_id']} images)"
-                                               for name, entry in results["models"].items())
-    labels = [c if c in ("near", "far") else f"{Path(c).name or c} ({rows[c]['n']})" for c in columns]
-    width = max(8, *map(len, results["models"]))
-    yield f"{'score':<6} {'model':<{width}}" + "".join(f"{label:>{max(16, len(label) + 2)}}" for label in labels)
-    for score in first:
-        for name, entry in results["models"].items():
-            values = [entry["scores"][score][c] if c in ("near", "far") else entry["scores"][score]["sets"][c]
-                      for c in columns]
-            cells = [f"{value['auroc']:.2f} / {value['fpr95']:.2f}" for value in values]
-            yield f"{score:<6} {name:<{width}}" + "".join(f"{cell:>{max(16, len(label) + 2)}}"
-                                                        for cell, label in zip(cells, labels))
-    if results["missing"]:
-        yield f"missing, in no mean: {', '.join(results['missing'])}"
-
-
 RUN_WORDS = ("--seed", "--out", "--data-root", "--device", "--ce", "--teacher")  # of a run, not of a row
 
 
-def collect(paths):
-    """results.json files -> lines of README's Markdown tables: mean ± standard deviation (n - 1) over a row's files.
+def tables(runs, scores):
+    """results.json dicts -> the lines of two Markdown tables, means with standard deviations (n - 1) over a row's runs.
 
     A row is the student of one command, whatever its RUN_WORDS. The cross-entropy networks from which students started,
     one a seed, are a row of their own; a network measured by evaluate.py has a row under its name.
     """
-    rows = {}  # network and command -> {seed or file: entry of results.json's models}
-    for path in paths:
-        try:
-            results = json.loads(Path(path).read_text())
-            words = iter(results["command"].split())
-            kept = [word for word in words if word != "--resume" and not (word in RUN_WORDS and next(words, ""))]
-            for name, entry in results["models"].items():
-                command = f" `{' '.join(kept)}`" if name == "oal" else ""
-                rows.setdefault(name + command, {})[results.get("seed", str(path))] = entry
-        except (OSError, ValueError, KeyError, AttributeError) as problem:
-            fail(f"{path} is not a results.json of this program ({type(problem).__name__}): leave it out")
+    rows = {}  # network and command -> {seed, or number of the run: entry of results.json's models}
+    for i, results in enumerate(runs):
+        words = iter(results["command"].split())
+        kept = [word for word in words if word != "--resume" and not (word in RUN_WORDS and next(words, ""))]
+        for name, entry in results["models"].items():
+            label = f"`{' '.join(kept)}`" if name == "oal" else "start: cross-entropy" if name == "ce" else name
+            rows.setdefault(label, {})[results.get("seed", f"run {i}")] = entry
     entries = [entry for row in rows.values() for entry in row.values()]
-    scores = [score for score in ("ebo", "fdbd", "micl") if all(score in entry["scores"] for entry in entries)]
-    sets = {name: f"{Path(name).name} ({found['n']})"
-            for name, found in entries[0]["scores"][scores[0]]["sets"].items()}
+    scores = [score for score in scores if all(score in entry["scores"] for entry in entries)]
+    sets = {name: found["n"] for name, found in entries[0]["scores"][scores[0]]["sets"].items()}
 
     def cell(values):
         return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
-    yield "| network | runs | accuracy | score | near AUROC | near FPR95 | far AUROC | far FPR95 |\n" + "|---" * 8 + "|"
+    yield "| network | runs | accuracy | score | near AUROC | near FPR95 | far AUROC | far FPR95 |"
+    yield "|---" * 8 + "|"
     for name, row in rows.items():
         for score in scores:
             start = [name, len(row), cell([e["id_acc"] for e in row.values()])] if score == scores[0] else [""] * 3
             means = [cell([e["scores"][score][group][metric] for e in row.values()])
-                     for group in ("near", "far") if group in entries[0]["scores"][score]
+                     if group in entries[0]["scores"][score] else "" for group in ("near", "far")
                      for metric in ("auroc", "fpr95")]
             yield "| " + " | ".join(map(str, [*start, score, *means])) + " |"
-    yield "\n| AUROC | score | " + " | ".join(sets.values()) + " |\n" + "|---" * (2 + len(sets)) + "|"
+    yield ""
+    yield "| AUROC | score | " + " | ".join(f"{Path(name).name or name} ({n})" for name, n in sets.items()) + " |"
+    yield "|---" * (2 + len(sets)) + "|"
     for name, row in rows.items():
         for score in scores:
             means = [cell([e["scores"][score]["sets"][one]["auroc"] for e in row.values()]) for one in sets]
             yield "| " + " | ".join([name if score == scores[0] else "", score, *means]) + " |"
+    missing = sorted({name for results in runs for name in results["missing"]})
+    if missing:
+        yield f"\nmissing, in no mean: {', '.join(missing)}"
+
+
+def collect(paths):
+    """results.json files -> the lines of README's tables."""
+    try:
+        return list(tables([json.loads(Path(path).read_text()) for path in paths], ("ebo", "fdbd", "micl")))
+    except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as problem:
+        fail(f"--collect: not all of {', '.join(map(str, paths))} are results.json files of one benchmark "
+             f"({type(problem).__name__} {problem}): leave out those that are not")
 
 
 def check_plot(path):
@@ -741,7 +730,7 @@ def main():
         results["models"][name], conf = evaluate(net, sets, args.dataset, args.device, scores, ref)
         columns |= {f"{name}: {score}": conf[score] for score in scores if score in ("ebo", "micl", args.score)}
     results["seconds"] = {"total": time.perf_counter() - start}
-    print("\n".join(table(results)))
+    print("\n".join(tables([results], SCORES)))
     results_path.write_text(json.dumps(results, indent=1))
     if args.plot:
         plot(args.plot, columns, args.threshold_tpr)

@@ -528,7 +528,7 @@ def main():
                "command": " ".join(["train.py", *sys.argv[1:]]), "device": args.device, "options": args.options,
                "versions": evaluate.versions(), "seconds": seconds, "missing": missing, "models": found}
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    print("\n".join([*evaluate.headline(results), "", *evaluate.table(results)]))
+    print("\n".join([*evaluate.headline(results), "", *evaluate.tables([results], evaluate.SCORES)]))
     print(f"written: {args.out / 'results.json'}")
 
 
