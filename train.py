@@ -40,7 +40,7 @@ TIERS = {"resnet18": dict(epochs=dict(ce=100, teacher=100, oal=100), oal_lr=0.00
                           diffusion_steps=4000),
          "resnet_small": dict(epochs=dict(ce=8, teacher=16, oal=3), oal_lr=0.02, batch=128, crop=1, per_class=50,
                               diffusion_steps=1000),
-         "resnet_tiny": dict(epochs=dict(ce=10, teacher=7, oal=4), oal_lr=0.01, batch=64, crop=1, per_class=50,
+         "resnet_tiny": dict(epochs=dict(ce=9, teacher=7, oal=8), oal_lr=0.01, batch=64, crop=1, per_class=50,
                              diffusion_steps=1000)}
 # What the optimiser does otherwise for what is trained beside the student: as released, and MICL's a and tau.
 HEADS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(lr=1e-4),
