@@ -85,7 +85,11 @@ def ce_terms(net, args):
 
 
 def oal_terms(student, teacher, outliers, images, labels, args, g):
-    """OAL's objective -> (heads, terms). Without a teacher no distillation, without outliers no MICL."""
+    """OAL's objective: cross-entropy + 4 KD(logits) + 16 KD(maps) + 1 MICL by default -> (heads, terms).
+
+    Without a teacher no distillation, without outliers no MICL. teacher, outliers: None, or a frozen network and the
+    tensors of outliers.pt on the device.
+    """
     heads, n_outliers = {}, args.batch // 4
     if outliers:  # every tenth image or so: the lists are sorted by class
         some = images[::max(1, len(images) // 5000)]
@@ -130,7 +134,7 @@ def oal_terms(student, teacher, outliers, images, labels, args, g):
 
 
 def released_terms(student, teacher, outliers, images, labels, args, g):
-    """The losses of the paper's code (../shared/RELEASED.md has the file of each) -> (heads, terms).
+    """The losses of the paper's code (HengGao12/OAL, openood/trainers/oal_trainer.py) -> (heads, terms).
 
     Outliers are drawn without regard to the images, and both CLUBs share the network's optimiser, which moves q down
     the bound. As in oal_terms a weight of 0 leaves its term out.
