@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 import zlib
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.functional import center_crop, resize
@@ -40,6 +42,7 @@ CIFAR_FAR = ("mnist", "svhn", "texture", "places365", "scenes")
 GROUPS = {"shapes": {"near": ("held_out",), "far": ("noise", "stripes", "flat", "gradient", "blobs")},
           "cifar10": {"near": ("cifar100", "tin"), "far": CIFAR_FAR},
           "cifar100": {"near": ("cifar10", "tin"), "far": CIFAR_FAR}}
+VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
 NOT_IN_BENCHMARK = ("scenes",)  # measured where a list names it, not reported as missing where none does
 
 
@@ -360,9 +363,9 @@ def mls(logits, features=None, ref=None):
     return logits.amax(1)
 
 
-def ebo(logits, features=None, ref=None, temperature=1.0):
-    """Negative free energy T log sum exp(logits / T) (Liu et al., arXiv 2010.03759, equation 4; OAL's own score)."""
-    return temperature * (logits / temperature).logsumexp(1)
+def ebo(logits, features=None, ref=None):
+    """Negative free energy log sum exp(logits) (Liu et al., arXiv 2010.03759, equation 4, T = 1; OAL's own score)."""
+    return logits.logsumexp(1)
 
 
 def knn(logits, features, ref, k=50, megabytes=256):
@@ -532,11 +535,13 @@ def evaluate(net, sets, dataset, device, scores, ref):
 def headline(results):
     """results.json's dict -> three lines: accuracy, near, far of the cross-entropy network and of the student."""
     before, after = (results["models"][name] for name in ("ce", "oal"))
-    yield f"accuracy   {before['id_acc']:6.2f} -> {after['id_acc']:6.2f}   (cross-entropy -> student, percent)"
+    yield f"accuracy  {before['id_acc']:6.2f} -> {after['id_acc']:6.2f}   cross-entropy network -> student, percent"
     for group in ("near", "far"):
         if group in before["scores"]["ebo"]:
-            old, new = before["scores"]["ebo"][group]["auroc"], after["scores"]["micl"][group]["auroc"]
-            yield f"{group + '-OOD':<10} {old:6.2f} -> {new:6.2f}   (AUROC by ebo -> AUROC by micl)"
+            (e1, m1), (e2, m2) = ([entry["scores"][score][group]["auroc"] for score in ("ebo", "micl")]
+                                  for entry in (before, after))
+            yield (f"{group + '-OOD':<9} {e1:6.2f} -> {m2:6.2f}   AUROC by ebo -> AUROC by micl; "
+                   f"ebo alone {e1:.2f} -> {e2:.2f}, micl alone {m1:.2f} -> {m2:.2f}")
 
 
 RUN_WORDS = ("--seed", "--out", "--data-root", "--device", "--ce", "--teacher")  # of a run, not of a row
@@ -550,14 +555,20 @@ def tables(runs, scores):
     """
     rows = {}  # network and command -> {seed, or number of the run: entry of results.json's models}
     for i, results in enumerate(runs):
-        words = iter(results["command"].split())
+        words = iter(shlex.split(results["command"].replace("=", " ")))
         kept = [word for word in words if word != "--resume" and not (word in RUN_WORDS and next(words, ""))]
         for name, entry in results["models"].items():
-            label = f"`{' '.join(kept)}`" if name == "oal" else "start: cross-entropy" if name == "ce" else name
-            rows.setdefault(label, {})[results.get("seed", f"run {i}")] = entry
+            label = (name if "seed" not in results else f"`{' '.join(kept)}`" if name == "oal" else
+                     f"start: cross-entropy, {results['arch']}")
+            held = rows.setdefault(label, {}).setdefault(results.get("seed", f"run {i}"), entry)
+            if held["id_acc"] != entry["id_acc"]:
+                fail(f"two runs with different figures are seed {results.get('seed')} of {label}: leave one out")
     entries = [entry for row in rows.values() for entry in row.values()]
     scores = [score for score in scores if all(score in entry["scores"] for entry in entries)]
-    sets = {name: found["n"] for name, found in entries[0]["scores"][scores[0]]["sets"].items()}
+    sets, *others = ({name: found["n"] for name, found in entry["scores"][scores[0]]["sets"].items()}
+                     for entry in entries)
+    if any(other != sets for other in others):
+        fail("the runs were measured on different OOD sets: make a table of each kind")
 
     def cell(values):
         return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
@@ -624,11 +635,6 @@ def plot(path, columns, tpr):
     figure.tight_layout()
     figure.savefig(path, dpi=70)
     pyplot.close(figure)
-
-
-def versions():
-    import torchvision
-    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -721,8 +727,8 @@ def main():
     if len(sets) == 1:
         fail(f"no OOD set in {data_root}: nothing to detect ({', '.join(missing)} are missing); name "
              "folders with --ood")
-    results = {"dataset": args.dataset, "command": " ".join(["evaluate.py", *sys.argv[1:]]), "device": args.device,
-               "versions": versions(), "missing": missing, "models": {}}
+    results = {"dataset": args.dataset, "command": shlex.join(["evaluate.py", *sys.argv[1:]]), "device": args.device,
+               "versions": VERSIONS, "missing": missing, "models": {}}
     columns = {}
     for name, net in nets.items():
         ref = reference(net, args.dataset, train_images(scores, critics[name], args, data_root), args.device,

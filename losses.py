@@ -3,9 +3,9 @@
     oal:      cross-entropy + 4 KD(logits) + 16 KD(feature maps) + 1 MICL(latent outliers)
     released: cross-entropy + 4 KD(logits) + 8 KD(features) + 0.1 CLUB(boundary outliers) + 0.2 CLUB(latent outliers)
 
-`distill_logits` and `distill_features` are those of the released code (openood/trainers/oal_trainer.py); `distill_maps`
-is what a teacher with the student's own units allows. `MICL` is the mutual-information contrast between ID features and
-outliers; `micl_released` is its released form, whose expectation is zero (README, section 'Audit').
+`distill` is the released code's (openood/trainers/oal_trainer.py); `distill_maps` is what a teacher with the student's
+own units allows. MICL, the mutual-information contrast between ID features and outliers, is the class of that name;
+`micl_released` is its released form, whose expectation is zero (README, section 'Audit').
 """
 import math
 
@@ -14,18 +14,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def distill_logits(student_logits, teacher_logits):
-    """KL(teacher || student) in nats, mean over the batch; logits [B, C] each, temperature 1 as released."""
-    return F.kl_div(student_logits.log_softmax(1), teacher_logits.log_softmax(1),
-                    reduction="batchmean", log_target=True)
+def distill(student, teacher):
+    """KL(softmax(teacher) || softmax(student)) in nats, mean over the batch; temperature 1 as released.
 
-
-def distill_features(student_features, targets):
-    """KL(softmax(target) || softmax(student)) in nats, mean over the batch; features [B, D] each.
-
-    `targets` is the projected teacher feature. As released, the gradient reaches the projection too.
+    Logits [B, C]; in the released recipe also features [B, D] with a softmax over their units, where `teacher` is the
+    projected teacher feature and the gradient reaches the projection too.
     """
-    return F.kl_div(student_features.log_softmax(1), targets.log_softmax(1), reduction="batchmean", log_target=True)
+    return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
 
 
 def distill_maps(student_maps, teacher_maps):
@@ -118,7 +113,7 @@ class MICL(nn.Module):
         """Logits [B, C], features [B, D], is_id bool [B] -> minus the bound in nats, a scalar above -log 2.
 
         0 says nothing, -log 2 that every image is told. In training mode the running mean moves a tenth of the way to
-        that of the ID features. Without an ID row or an outlier the result is NaN.
+        that of the ID features. Both kinds of rows have to be there.
         """
         n_id, n_outliers = is_id.sum(), (~is_id).sum()
         if self.training:

@@ -251,20 +251,20 @@ def transplant(codes, hosts, codec, detail=1.0):
         return decode(codes, codec, hosts.shape[1:]) + detail * left_out
 
 
-def outlier_maps(maps, outliers, n, generator, kind="diffusion", mine=slice(None)):
-    """Stage-2 maps of a batch of ID images [B, C, H, W] and the tensors of outliers.pt -> n stage-2 maps of outliers.
+def outlier_maps(maps, outliers, n, generator, kind="diffusion"):
+    """Stage-2 maps of ID images [B, C, H, W] and the tensors of outliers.pt -> n stage-2 maps of outliers.
 
     Each is a random latent in a random image's detail, both scaled by 0 to 2 at random: outliers of every contrast and
     sharpness, from flat to glaring, from smooth to rough. kind 'noise' is the row to beat: Gaussian noise as strong as
-    the maps in place of the latents. `mine` is the share of the n that is returned: the same draws whatever it is.
+    the maps in place of the latents.
     """
     latents, device = outliers["latent"], maps.device
-    chosen = torch.randint(len(latents), (n,), generator=generator)[mine].to(device)
-    hosts = torch.randint(2 ** 31, (n,), generator=generator)[mine].to(device) % len(maps)
+    chosen = torch.randint(len(latents), (n,), generator=generator).to(device)
+    hosts = torch.randint(2 ** 31, (n,), generator=generator).to(device) % len(maps)
     hosts = maps[hosts].detach().float()
     if kind == "noise":
-        return hosts + hosts.std() * torch.randn(n, *hosts.shape[1:], generator=generator)[mine].to(device)
-    contrast, detail = (2 * torch.rand(n, 1, generator=generator)[mine].to(device) for _ in range(2))
+        return hosts + hosts.std() * torch.randn(hosts.shape, generator=generator).to(device)
+    contrast, detail = (2 * torch.rand(n, 1, generator=generator).to(device) for _ in range(2))
     return transplant(contrast * latents[chosen], hosts, outliers, detail[:, :, None, None])
 
 

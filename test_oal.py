@@ -13,7 +13,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -344,11 +343,10 @@ def test_distillation_closed_forms():
     """KL of two-point distributions by hand: teacher (0.9, 0.1), student (0.6, 0.4)."""
     teacher, student = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.6, 0.4]]).log()
     kl = 0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4)
-    for loss in (losses.distill_logits, losses.distill_features):
-        assert abs(loss(student, teacher).item() - kl) < 1e-6
-        assert abs(loss(student + 3, teacher - 2).item() - kl) < 1e-6        # logits know no offset
-        assert abs(loss(student.repeat(5, 1), teacher.repeat(5, 1)).item() - kl) < 1e-6
-        assert loss(teacher, teacher).abs() < 1e-6
+    assert abs(losses.distill(student, teacher).item() - kl) < 1e-6
+    assert abs(losses.distill(student + 3, teacher - 2).item() - kl) < 1e-6          # logits know no offset
+    assert abs(losses.distill(student.repeat(5, 1), teacher.repeat(5, 1)).item() - kl) < 1e-6
+    assert losses.distill(teacher, teacher).abs() < 1e-6
 
 
 def test_distilled_maps_by_hand():
@@ -570,11 +568,6 @@ def test_scores_against_loops(toy):
             assert abs(found[name][i].item() - value) < 1e-3 * max(1, abs(value)), name
 
 
-def test_energy_temperature(toy):
-    logits = toy[0]
-    assert torch.allclose(evaluate.ebo(logits, temperature=2.0), 2 * (logits / 2).exp().sum(1).log(), atol=1e-5)
-
-
 def test_knn_in_chunks_is_knn(toy):
     logits, features, ref = toy
     assert torch.allclose(evaluate.knn(logits, features, ref, megabytes=0), evaluate.knn(logits, features, ref))
@@ -635,12 +628,6 @@ def test_metrics_know_no_scale_and_are_symmetric():
     assert evaluate.detection_metrics(np.exp(a), np.exp(b)) == found
     assert abs(found["auroc"] - swapped["auroc"]) < 1e-9
     assert abs(found["fpr95"] - swapped["fpr95_id"]) < 1e-9 and abs(found["aupr_in"] - swapped["aupr_out"]) < 1e-9
-
-
-def test_metrics_of_a_million_scores_cost_less_than_five_sorts():
-    conf = np.random.default_rng(0).normal(size=1_000_000)
-    best = lambda f: min((lambda t: (f(), time.perf_counter() - t)[1])(time.perf_counter()) for _ in range(3))
-    assert best(lambda: evaluate.detection_metrics(conf[:500_000], conf[500_000:])) < 5 * best(lambda: np.argsort(conf))
 
 
 @pytest.mark.parametrize("conf_id, conf_ood", [([], [1.0]), ([1.0], []), ([math.nan], [1.0]), ([1.0], [math.nan])])
@@ -844,7 +831,7 @@ def test_each_stage_has_epochs_of_its_own(tiny, tmp_path, capsys):
               *((found["ce"]["scores"]["ebo"][group]["auroc"], found["oal"]["scores"]["micl"][group]["auroc"])
                 for group in ("near", "far"))]
     for line, (before, after) in zip(lines[first:first + 3], values):
-        assert f"{before:.2f} -> " in line and f"-> {after:6.2f} " in line
+        assert f"{before:6.2f} -> {after:6.2f} " in line
 
 
 def test_switched_off_terms_and_shared_start(tiny, tmp_path):
@@ -885,7 +872,7 @@ def test_every_ablation_changes_the_student(tiny, tmp_path, monkeypatch):
     lines = list(evaluate.collect([tmp_path / run / "results.json" for run in ("default", "seed1", "seed2", "3", "4")]))
     load = lambda run, name: json.loads((tmp_path / run / "results.json").read_text())["models"][name]
     rows = [line[2:].split(" | ") for line in lines if line.startswith(("| start", "| `train.py"))]
-    assert [row[:2] for row in rows[:4]] == [["start: cross-entropy", "3"], ["`train.py`", "3"],
+    assert [row[:2] for row in rows[:4]] == [["start: cross-entropy, resnet_tiny", "3"], ["`train.py`", "3"],
                                              ["`train.py --outliers noise`", "1"], ["`train.py --w-kd 0`", "1"]]
     near = [load(run, "oal")["scores"]["ebo"]["near"]["auroc"] for run in ("default", "seed1", "seed2")]
     assert rows[1][4] == f"{np.mean(near):.2f} ± {np.std(near, ddof=1):.2f}" and rows[1][3] == "ebo"
@@ -985,7 +972,7 @@ def test_resnet18_takes_three_steps_of_each_stage(monkeypatch, tmp_path):
 
 
 def test_outlier_maps():
-    """Each is a latent and its host's detail, both scaled at random. Two processes' shares make the whole."""
+    """Each is a latent and its host's detail, both scaled at random."""
     maps, n = torch.randn(40, 4, 16, 16, generator=rng()), 32
     codec = synthesize.fit_codec(torch.randn(9, 4, 16, 16, generator=rng(3)))
     outliers = {"latent": torch.randn(9, 8, generator=rng(1)), **codec}
@@ -997,12 +984,6 @@ def test_outlier_maps():
         ratio = parts.norm(dim=1) / known[which].norm(dim=1)                               # times 0 to 2
         assert parts.shape[0] == n and cosine.min() > 0.99 and len(which.unique()) > 4
         assert 0 <= ratio.min() < 0.3 and 1.7 < ratio.max() <= 2.001 and len(ratio.unique()) == n
-    for kind in ("diffusion", "noise"):
-        shares = torch.stack([drawn(kind, mine=slice(i, None, 2)) for i in range(2)], 1).flatten(0, 1)
-        if kind == "diffusion":
-            assert torch.allclose(shares, drawn(kind), atol=1e-4)                          # 16 at once round otherwise
-        else:
-            assert (shares - drawn(kind)).std() < 0.1 * drawn(kind).std()                  # its strength is its share's
     other = {**outliers, "latent": outliers["latent"] + 1}
     assert synthesize.outlier_maps(maps, other, n, rng(2), "noise").equal(drawn("noise"))  # noise knows no latents
 
@@ -1093,7 +1074,12 @@ def test_evaluate_on_a_users_images(tiny, tmp_path, monkeypatch, capsys):
     (a / "student.critic.pt").unlink()
     rows = list(csv.reader(io.StringIO(go(a / "student.pt", "--flag", tmp_path / "mine", "--score", "knn").out)))
     assert rows[0] == ["path", "knn", "verdict"] and len(rows) == 7
-    assert {row[2] for row in rows[1:6]} <= {"ID", "OOD"} and rows[6][2] == "unreadable" and "bad.png" in rows[6][0]
+    assert rows[6][2] == "unreadable" and "bad.png" in rows[6][0]
+    val = evaluate.load("shapes", "val")[0]
+    student = evaluate.load_network(a / "student.pt", 8)
+    ref = evaluate.reference(student, "shapes", evaluate.load("shapes", "train")[0], "cpu")
+    threshold = evaluate.threshold_at(evaluate.knn(*evaluate.outputs(student, val, "shapes", "cpu"), ref), 0.95)
+    assert [row[2] for row in rows[1:6]] == ["ID" if float(row[1]) >= threshold else "OOD" for row in rows[1:6]]
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from datetime import timedelta
@@ -91,7 +92,7 @@ def oal_terms(student, teacher, outliers, images, labels, args, g):
     tensors of outliers.pt on the device.
     """
     heads, n_outliers = {}, args.batch // 4
-    if outliers:  # every tenth image or so: the lists are sorted by class
+    if outliers:  # about 5,000 images of all classes, by which the lists are sorted
         some = images[::max(1, len(images) // 5000)]
         heads["critic"] = losses.MICL.start(*evaluate.outputs(student, some, args.dataset, args.device))
     same_shape = teacher and teacher.conv1.weight.shape == student.conv1.weight.shape
@@ -106,8 +107,7 @@ def oal_terms(student, teacher, outliers, images, labels, args, g):
             if outliers:
                 # Latents join the batch half-way, so that they share its batch-norm statistics: in a pass of their own
                 # they teach the network to recognise the statistics. Under torchrun a process takes its share of them.
-                latents = synthesize.outlier_maps(maps, outliers, n_outliers, g, args.outliers,
-                                                  slice(args.rank, None, args.world))
+                latents = synthesize.outlier_maps(maps, outliers, n_outliers, g, args.outliers)[args.rank::args.world]
                 maps = torch.cat([maps, latents.to(maps)]).contiguous(memory_format=torch.channels_last)
             features, later = student.upper(maps, return_maps=True)                       # [B + M, D], two stages' maps
             logits = student.classify(features)                                           # [B + M, K]
@@ -119,12 +119,12 @@ def oal_terms(student, teacher, outliers, images, labels, args, g):
 
         found = {"ce": F.cross_entropy(logits[:n], y)}
         if teacher:
-            found["kd"] = losses.distill_logits(logits[:n], teacher_logits)
+            found["kd"] = losses.distill(logits[:n], teacher_logits)
             if same_shape:
                 found["feat"] = losses.distill_maps([stage[:n] for stage in (maps, *later)],
                                                     [teacher_maps, *teacher_later])
             else:
-                found["feat"] = losses.distill_features(features[:n], heads["projection"](teacher_features))
+                found["feat"] = losses.distill(features[:n], heads["projection"](teacher_features))
         if outliers:
             is_id = torch.arange(len(features), device=features.device) < n
             found["latent"] = heads["critic"](logits, features, is_id)
@@ -137,7 +137,7 @@ def released_terms(student, teacher, outliers, images, labels, args, g):
     """The losses of the paper's code (HengGao12/OAL, openood/trainers/oal_trainer.py) -> (heads, terms).
 
     Outliers are drawn without regard to the images, and both CLUBs share the network's optimiser, which moves q down
-    the bound. As in oal_terms a weight of 0 leaves its term out.
+    the bound.
     """
     heads, dim = {}, student.fc.in_features
     if teacher:
@@ -154,8 +154,8 @@ def released_terms(student, teacher, outliers, images, labels, args, g):
                     teacher_logits, teacher_features = teacher(x, return_feature=True)
         found = {"ce": F.cross_entropy(logits, y)}
         if teacher:
-            found["kd"] = losses.distill_logits(logits, teacher_logits)
-            found["feat"] = losses.distill_features(features, heads["projection"](teacher_features))
+            found["kd"] = losses.distill(logits, teacher_logits)
+            found["feat"] = losses.distill(features, heads["projection"](teacher_features))
         for kind in [kind for kind in ("boundary", "latent") if kind in heads]:
             found[kind] = losses.micl_released(heads[kind], draw(outliers[kind], len(y), args, g), features)
         return found
@@ -230,8 +230,9 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, keep=True)
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             index = index.to(args.device)
             x, y = augment(images[index], args.crop, g)[rank::world], labels[index][rank::world]
-            found = terms(x, y)
-            loss = sum(weight * found[name] for name, weight in weights.items())
+            every = terms(x, y)
+            found = {name: every[name] for name in weights}  # a weight of 0 leaves its term out
+            loss = sum(weights[name] * value for name, value in found.items())
             optimizer.zero_grad()
             loss.backward()
             if world > 1:
@@ -351,18 +352,19 @@ def benchmark(args, images, labels, teacher):
     x = evaluate.normalize(images[:args.batch], args.dataset)
     maps = net.lower(x[:args.batch // 4]).detach()
 
-    def bare(forward):
+    def bare(forward, step=True):
         for _ in range(n // args.batch):
             with models.autocast(args.device):
                 loss = forward()
             if loss.requires_grad:
                 optimizer.zero_grad()
                 loss.backward()
+            if step:
                 optimizer.step()
 
     parts = {"bare": lambda: bare(lambda: F.cross_entropy(net.train()(x), labels[:args.batch])),
-             "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).square().mean()),  # their half of a network
-             "teacher_forward": lambda: torch.no_grad()(bare)(lambda: teacher(x)),
+             "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).mean(), step=False),  # half of a network
+             "teacher_forward": lambda: torch.no_grad()(bare)(lambda: teacher(x), step=False),
              "ce_step": lambda: train("ce", net, *ce_terms(net, args), {"ce": 1.0}, images, labels, args, g,
                                       keep=False),
              "oal_step": lambda: train("oal", net, heads, terms, weights, images, labels, args, g, keep=False),
@@ -372,7 +374,7 @@ def benchmark(args, images, labels, teacher):
         for name, part in parts.items():
             begun = time.perf_counter()
             part()
-            if args.device != "cpu":
+            if torch.device(args.device).type != "cpu":
                 torch.accelerator.synchronize()
             seconds[name].append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
@@ -395,7 +397,8 @@ def parse_args():
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
-    parser.add_argument("--teacher", metavar="FILE", help="distil from this network and train no teacher")
+    parser.add_argument("--teacher", metavar="FILE", help="distil from this network and train no teacher; one of the "
+                        "student's arch must have grown from --ce, since maps are matched unit by unit")
     parser.add_argument("--recipe", choices=RECIPES, default="oal",
                         help="the student's objective; released: the paper's code")
     parser.add_argument("--peer", choices=PEERS, help="train the student by this method in place of OAL")
@@ -422,6 +425,9 @@ def parse_args():
     args.out = Path(args.out or f"runs/{args.dataset}")
     args.data_root = evaluate.check_data_root(args)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.world > (1 if args.benchmark else args.batch // 4):
+        evaluate.fail(f"{args.world} processes are too many: --benchmark takes 1, a batch of {args.batch} at most "
+                      f"{args.batch // 4}")
     evaluate.check_device(args.device)
     return args
 
@@ -448,7 +454,7 @@ def main():
 
     # Images, and everything else that a user can get wrong, before the first second of training.
     ce = evaluate.load_network(args.ce, classes, args.arch) if args.ce else build(args.arch, classes, args.seed)
-    teacher = evaluate.load_network(args.teacher, classes).to(args.device) if args.teacher else None
+    teacher = evaluate.load_network(args.teacher, classes) if args.teacher else None
     if args.rank:
         dist.barrier()  # the first process downloads and decodes, the others read what it has left
     images, labels = (tensor.to(args.device) for tensor in evaluate.load(args.dataset, "train", args.data_root))
@@ -483,7 +489,9 @@ def main():
     weights = weights_of(args)
     if not weights.keys() & {"kd", "feat"}:
         teacher = None
-    elif not teacher:
+    elif teacher:
+        teacher.to(args.device, memory_format=torch.channels_last)
+    else:
         teacher = load_weights(models.build(args.arch, classes), args, "ce.pt")
         if not (args.out / "teacher.pt").exists():
             train("teacher", teacher, *ce_terms(teacher, args), {"ce": 1.0}, images, labels, args,
@@ -529,8 +537,8 @@ def main():
     seconds = {**args.seconds, "evaluate": time.perf_counter() - begun}
     seconds["total"] = sum(seconds.values())
     results = {"dataset": args.dataset, "arch": args.arch, "seed": args.seed,
-               "command": " ".join(["train.py", *sys.argv[1:]]), "device": args.device, "options": args.options,
-               "versions": evaluate.versions(), "seconds": seconds, "missing": missing, "models": found}
+               "command": shlex.join(["train.py", *sys.argv[1:]]), "device": args.device, "options": args.options,
+               "versions": evaluate.VERSIONS, "seconds": seconds, "missing": missing, "models": found}
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
     print("\n".join([*evaluate.headline(results), "", *evaluate.tables([results], evaluate.SCORES)]))
     print(f"written: {args.out / 'results.json'}")
