@@ -550,15 +550,20 @@ RUN_WORDS = ("--seed", "--out", "--data-root", "--device", "--ce", "--teacher") 
 def tables(runs, scores):
     """results.json dicts -> the lines of two Markdown tables, means with standard deviations (n - 1) over a row's runs.
 
-    A row is the student of one command, whatever its RUN_WORDS. The cross-entropy networks from which students started,
-    one a seed, are a row of their own; a network measured by evaluate.py has a row under its name.
+    A row is the student of one command, whatever its RUN_WORDS, under the words that not all commands begin with. The
+    cross-entropy networks from which students started, one a seed, are a row of their own; a network measured by
+    evaluate.py has a row under its name.
     """
-    rows = {}  # network and command -> {seed, or number of the run: entry of results.json's models}
-    for i, results in enumerate(runs):
+    commands = []  # without RUN_WORDS, a list of words each
+    for results in runs:
         words = iter(shlex.split(results["command"].replace("=", " ")))
-        kept = [word for word in words if word != "--resume" and not (word in RUN_WORDS and next(words, ""))]
+        commands.append([word for word in words if word != "--resume" and not (word in RUN_WORDS and next(words, ""))])
+    base = os.path.commonprefix([words for words in commands if words[0] == "train.py"])
+    rows = {}  # label -> {seed, or number of the run: entry of results.json's models}
+    for i, (results, words) in enumerate(zip(runs, commands)):
         for name, entry in results["models"].items():
-            label = (name if "seed" not in results else f"`{' '.join(kept)}`" if name == "oal" else
+            options = f"`{' '.join(words[len(base):])}`" if words[len(base):] else "no option"
+            label = (name if "seed" not in results else options if name == "oal" else
                      f"start: cross-entropy, {results['arch']}")
             held = rows.setdefault(label, {}).setdefault(results.get("seed", f"run {i}"), entry)
             if held["id_acc"] != entry["id_acc"]:
@@ -573,7 +578,7 @@ def tables(runs, scores):
     def cell(values):
         return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
-    yield "| network | runs | accuracy | score | near AUROC | near FPR95 | far AUROC | far FPR95 |"
+    yield f"| `{' '.join(base)}` | runs | accuracy | score | near AUROC | near FPR95 | far AUROC | far FPR95 |"
     yield "|---" * 8 + "|"
     for name, row in rows.items():
         for score in scores:
