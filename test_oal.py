@@ -41,6 +41,14 @@ def save_png(path, value=0, size=(32, 32)):
     Image.new("RGB", size, (value, 255 - value, value // 2)).save(path)
 
 
+def draw_classes(root, **counts):
+    """A folder of classes as a user has one: train_CAT=9 draws nine PNGs, 40 x 48, into root/train/CAT."""
+    for c, (name, count) in enumerate(counts.items()):
+        for i in range(count):
+            save_png(root.joinpath(*name.split("_")) / f"{i}.png", (60 * c + 3 * i) % 256, (40, 48))
+    return root
+
+
 def openood_tree(root, classes=100):
     """A tiny data tree in the OpenOOD layout: one training image per class, 4 val, 8 test, 6 of svhn; nothing else."""
     lists = root / "benchmark_imglist" / "cifar100"
@@ -155,6 +163,65 @@ def test_missing_sets_and_files(tmp_path, capsys):
             evaluate.load("cifar100", "test", root)
         printed = capsys.readouterr().err
         assert stop.value.code == 2 and all(word in printed for word in ("error: ", *words))
+
+
+def test_a_folder_of_classes(tmp_path, monkeypatch):
+    """Classes by name as ImageFolder sorts them; 80 / 10 / 10 of each where val/ and test/ are not there."""
+    root = draw_classes(tmp_path / "photos", train_zebra=40, train_Ape=20, train_cat=4)
+    for name in ("deep/er/a.png", "b.png"):
+        save_png(root / "train" / "a cat, größer" / name)
+    save_png(root / "train" / "zebra" / "more" / "last.png", 77)
+    entry = evaluate.read_classes(root, 64)
+    assert entry["names"] == ["Ape", "a cat, größer", "cat", "zebra"] and entry["classes"] == 4
+    counts = {split: labels.bincount(minlength=4).tolist() for split, (_, labels) in entry["splits"].items()}
+    assert counts == {"train": [16, 2, 2, 33], "val": [2, 0, 1, 4], "test": [2, 0, 1, 4]}
+    images = entry["splits"]["train"][0]
+    assert images.shape[1:] == (3, 64, 64) and all(entry["splits"][split][1].diff().min() >= 0 for split in counts)
+    pixels = images.double().transpose(0, 1).flatten(1) / 255
+    assert torch.allclose(pixels.mean(1), torch.tensor(entry["mean"]).double(), atol=1e-6)
+    assert torch.allclose(pixels.std(1), torch.tensor(entry["std"]).double(), atol=1e-4)
+    # A copy elsewhere is split alike; an image added to a class moves at most one other of it.
+    (tmp_path / "elsewhere").mkdir()
+    again = evaluate.read_classes(root.rename(tmp_path / "elsewhere" / "photos"), 64)
+    assert all(again["splits"][split][0].equal(images) for split, (images, _) in entry["splits"].items())
+    before = {bytes(image.numpy()) for image in entry["splits"]["val"][0]}
+    save_png(tmp_path / "elsewhere" / "photos" / "train" / "zebra" / "new.png", 1)
+    again = evaluate.read_classes(tmp_path / "elsewhere" / "photos", 64)
+    after = {bytes(image.numpy()) for image in again["splits"]["val"][0]}
+    assert len(before - after) <= 1
+    # Where val/ and test/ are there, they are what they are, and nothing leaves train/.
+    whole = draw_classes(tmp_path / "whole", train_a=9, train_b=9, val_a=3, test_b=5)
+    monkeypatch.setitem(evaluate.ID_SETS, str(whole), evaluate.read_classes(whole))
+    assert [evaluate.load(str(whole), split)[1].tolist() for split in ("val", "test")] == [[0] * 3, [1] * 5]
+    assert len(evaluate.load(str(whole), "train")[0]) == 18 and evaluate.load(str(whole), "svhn") is None
+    half = evaluate.read_classes(draw_classes(tmp_path / "half", train_a=20, train_b=20, test_b=5))["splits"]
+    assert {split: len(images) for split, (images, _) in half.items()} == {"train": 36, "val": 4, "test": 5}
+    for name in ("train/a/0.png", "train/a/1.png", "train/b/0.png", "train/b/1.png", "val/a/0.png", "test/b/0.png"):
+        save_png(tmp_path / "flat" / name)
+    assert min(evaluate.read_classes(tmp_path / "flat")["std"]) > 0                # all in one colour
+
+
+@pytest.mark.parametrize("counts, damage, says", [
+    ({}, lambda d: d.mkdir(), "no folder"), ({}, lambda d: (d / "train").mkdir(parents=True), "no class"),
+    ({"val_a": 4, "test_a": 4}, lambda d: (d / "train").write_text("a file"), "no folder"),
+    ({"a": 9, "b": 9}, lambda d: None, "no folder"),                               # classes without train/ above them
+    ({"train_a": 9}, lambda d: None, "the class a alone"),
+    ({"train_a": 9, "train_b": 1}, lambda d: None, "the class b has 1 images"),
+    ({"train_a": 9}, lambda d: (d / "train" / "b").mkdir(), "the class b has 0 images"),
+    ({"train_a": 9, "train_b": 9}, lambda d: [p.write_text("x") for p in d.glob("train/b/*.png")], "the class b has 0"),
+    ({"train_a": 9, "train_b": 9, "test_a": 2, "test_c": 1}, lambda d: None, "test/c is no class"),
+    ({"train_a": 9, "train_b": 9, "val_A": 2}, lambda d: None, "val/A is no class"),
+    ({"train_a": 9, "train_b": 9}, lambda d: save_png(d / "train" / "x.png"), "train/x.png is no class"),
+    ({"train_a": 9, "train_b": 9}, lambda d: (d / "test").mkdir(), "test holds no image"),
+    ({"train_a": 3, "train_b": 3}, lambda d: None, "no val/"),
+    ({"train_a": 3, "train_b": 3, "val_a": 1}, lambda d: None, "no test/")])
+def test_a_folder_that_is_no_id_set_is_an_error(tmp_path, counts, damage, says, capsys):
+    root = draw_classes(tmp_path / "photos", **counts)
+    damage(root)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.read_classes(root)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ") and says in error
 
 
 def test_embedded_images():
@@ -669,8 +736,10 @@ def test_threshold_accepts_the_share():
     (synthesize, "no.pt", "no.pt"), (synthesize, "x.pt --device abacus", "abacus"),
     (train, "--outliers noise --recipe released", "--outliers noise"), (train, "--peer vos --w-kd 1", "--peer"),
     (train, "--peer logitnorm --benchmark", "--peer"), (train, "--peer vos --recipe released", "--peer"),
-    (train, "--w-boundary 1", "--w-boundary"), (train, "--recipe best", "best"),
-    (evaluate, "--collect no.json", "no.json"),
+    (train, "--size 48", "48"), (train, "--size 64", "--size 64"),
+    (evaluate, "x.pt --dataset cifar10 --size 128", "--size 128"), (evaluate, "x.pt --dataset moon", "moon"),
+    (synthesize, "x.pt --dataset moon", "moon"), (train, "--w-boundary 1", "--w-boundary"),
+    (train, "--recipe best", "best"), (evaluate, "--collect no.json", "no.json"),
     (synthesize, "x.pt --per-class none", "whole number"), (synthesize, "x.pt --show x.abc", "--show")])
 def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", *words.split(), "--out", str(tmp_path / "out")])
@@ -1013,7 +1082,7 @@ def test_torchrun(tmp_path):
 import sys
 sys.path.insert(0, {str(HERE)!r})
 import evaluate, train
-evaluate.SHAPES_SIZES = {{name: 60 for name in ("val", "test", "held_out", *evaluate.GROUPS["shapes"]["far"])}}
+evaluate.SHAPES_SIZES = dict.fromkeys(("val", "test", *sum(evaluate.ID_SETS["shapes"]["groups"].values(), ())), 60)
 evaluate.SHAPES_SIZES["train"] = 260
 train.TIERS["resnet_tiny"].update(per_class=4, diffusion_steps=10)
 train.main()
@@ -1098,6 +1167,47 @@ def test_evaluate_on_a_users_images(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         go(a / "ce.pt", "--plot", tmp_path / "p.png", "--out", tmp_path / "e")
+
+
+def test_your_own_classes(tiny, tmp_path, monkeypatch, capsys):
+    """train.py on a folder of drawn PNGs with an OOD folder, then synthesize.py and --flag with what it left."""
+    monkeypatch.setitem(train.TIERS["resnet_tiny"], "epochs", dict(ce=1, teacher=1, oal=1))   # tiny restores them
+    photos = draw_classes(tmp_path / "photos", train_cat=30, train_dog=12, train_owl=5)
+    draw_classes(tmp_path, strange=4, else_strange=3)
+    data = "--dataset", photos, "--size", 64, "--device", "cpu"
+    tiny(tmp_path / "run", *data, "--arch", "resnet_tiny", "--ood", tmp_path / "strange", tmp_path / "else" / "strange")
+    printed = capsys.readouterr()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["classes"] == ["cat", "dog", "owl"] and results["options"]["size"] == 64
+    for name, n in ((tmp_path / "strange", 4), (tmp_path / "else" / "strange", 3)):
+        for model in ("ce", "oal"):
+            row = results["models"][model]["scores"]["micl"]["sets"][str(name)]
+            assert row["group"] == "yours" and row["n"] == n
+        assert f"{name} ({n})" in printed.out                                      # two titles that would be the same
+    assert "near" not in results["models"]["oal"]["scores"]["micl"] and "3 classes, cat, dog, owl" in printed.err
+    outliers = torch.load(tmp_path / "run" / "outliers.pt", weights_only=True)
+    assert outliers["boundary_labels"].bincount().tolist() == [4] * 3 and outliers["basis"].shape[1] == 32 * 32 * 32
+    with pytest.raises(SystemExit):
+        tiny(tmp_path / "run", *data[:2], "--arch", "resnet_tiny", "--resume")
+    assert "other options (size)" in capsys.readouterr().err                       # 32 is another run's
+
+    sizes, read = [], evaluate.read_folder
+    monkeypatch.setattr(evaluate, "read_folder", lambda folder, size: sizes.append(size) or read(folder, size))
+
+    def go(program, *words):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, (*words, *data))])
+        program.main()
+        return capsys.readouterr()
+
+    go(synthesize, tmp_path / "run" / "ce.pt", "--out", tmp_path / "o.pt", "--per-class", 2, "--diffusion-steps", 1)
+    assert len(torch.load(tmp_path / "o.pt", weights_only=True)["latent"]) == 6
+    rows = list(csv.reader(io.StringIO(go(evaluate, tmp_path / "run" / "student.pt", "--flag", photos / "train").out)))
+    assert len(rows) == 1 + 47 and {row[2] for row in rows[1:]} <= {"ID", "OOD"}
+    go(evaluate, tmp_path / "run" / "student.pt", "--ood", tmp_path / "strange", "--out", tmp_path / "e")
+    again = json.loads((tmp_path / "e" / "results.json").read_text())
+    assert again["classes"] == results["classes"] and set(sizes) == {64}
+    assert again["models"]["student"]["id_acc"] == results["models"]["oal"]["id_acc"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
