@@ -81,6 +81,8 @@ def to_tensor(image, size=SIZE):
 def decode(paths, size=SIZE):
     """Image files -> (uint8 [N, 3, size, size] of the readable, their indices in paths, {path: reason} of the rest)."""
     def read(path):
+        if not os.path.isfile(path):
+            return "neither a regular file nor a folder that can be listed"  # to open a named pipe would wait for ever
         try:
             with Image.open(path) as image:
                 return to_tensor(image, size)
@@ -97,11 +99,11 @@ def decode(paths, size=SIZE):
 def read_list(list_path, image_root, cache_path):
     """The images of one OpenOOD list (lines `path label`) -> (images, labels), decoded once, then read from the cache.
 
-    None if not one file of the list is there (a set that was not downloaded); ends the program if some are not there
-    or cannot be decoded. The cache's key is a digest of the list and the transform: a changed list, another program's
-    file, a truncated cache or one with altered images are all decoded anew.
+    None if not one file of the list is there (a set that was not downloaded), which is said; ends the program if some
+    are not there or cannot be decoded. The cache's key is a digest of the list and the transform: a changed list,
+    another program's file, a truncated cache or one with altered images are all decoded anew.
     """
-    text = list_path.read_text(errors="replace")
+    text = list_path.read_text("utf-8-sig", "replace")
     key = hashlib.sha256(f"RGB, Resize({SIZE}), CenterCrop({SIZE})\n{text}".encode()).hexdigest()
     try:
         saved = torch.load(cache_path, weights_only=True)
@@ -118,6 +120,7 @@ def read_list(list_path, image_root, cache_path):
         fail(f"{list_path} is empty: fetch it again")
     absent = [path for path in paths if not path.is_file()]
     if len(absent) == len(paths):
+        print(f"none of the {len(paths)} images of {list_path} is there, the first is {absent[0]}", file=sys.stderr)
         return None
     if absent:
         fail(f"{len(absent)} of the {len(paths)} images of {list_path} are not there, the first is {absent[0]}: "
@@ -196,21 +199,35 @@ def load(dataset, split, data_root=None):
     return loaded
 
 
+def files_below(folder, above=()):
+    """The files below a folder, links followed, but for a link to a folder that it lies in; and folders not listed."""
+    here = os.path.realpath(folder)
+    try:
+        names = os.listdir(folder) if here not in above else []
+    except OSError:
+        return [folder]  # decode says that it cannot be read
+    return sum((files_below(folder / name, (*above, here)) if (folder / name).is_dir() else [folder / name]
+                for name in names), [])
+
+
 def read_folder(folder, size=SIZE):
     """All images below a folder -> (uint8 [N, 3, size, size], their N paths, {path: reason} of the unreadable ones).
 
-    Files count as images by their ending. Ends the program if the folder is not there or has no readable image.
+    Files count as images by their ending; how many do not is said. Ends the program if the folder is not there or has
+    no readable image.
     """
-    endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    endings = datasets.folder.IMG_EXTENSIONS
     if not Path(folder).is_dir():
         fail(f"{folder} is not a folder: name one that holds images")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings and not path.is_dir())
+    files = files_below(Path(folder))
+    paths = sorted(path for path in files if path.name.lower().endswith(endings) or path.is_dir())
     if not paths:
-        fail(f"{folder} holds no image: its files must end in {' '.join(endings)}")
+        fail(f"{folder} holds no image, {len(files)} other files: an image must end in {' '.join(endings)}")
     images, good, bad = decode(paths, size)
     for path, reason in bad.items():
         print(f"unreadable: {path} ({reason})", file=sys.stderr, flush=True)
-    print(f"{folder}: {len(good)} images, {len(bad)} unreadable", file=sys.stderr, flush=True)
+    print(f"{folder}: {len(good)} images, {len(bad)} unreadable, {len(files) - len(paths)} other files",
+          file=sys.stderr, flush=True)
     if not good:
         fail(f"none of the {len(paths)} images of {folder} can be decoded: replace them")
     return images, [str(paths[i]) for i in good], bad

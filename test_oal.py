@@ -109,6 +109,48 @@ def test_bad_image_files_are_named(tmp_path, capsys):
     assert all(name in printed for name in ("cut.jpg", "link.png", "text.png"))
 
 
+def named_pipe(path):
+    os.mkfifo(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no links, no pipes")
+@pytest.mark.parametrize("make, found", [
+    (lambda d: [Image.new("RGB", (4, 4)).save(d / f"{i}.{end}") for i, end in enumerate(("ppm", "pgm", "tif", "tiff"))],
+     (5, 0, 0)),
+    (lambda d: Image.new("RGB", (4, 4)).save(d / "A.JPEG"), (2, 0, 0)),
+    (lambda d: [(d / name).write_text("x") for name in ("a.heic", "b", "c.txt", ".png.swp")], (1, 0, 4)),
+    (lambda d: (d / ".png").write_text("x"), (1, 1, 0)),
+    (lambda d: (d / "empty.png").touch(), (1, 1, 0)),
+    (lambda d: named_pipe(d / "pipe.png"), (1, 1, 0)), (lambda d: named_pipe(d / "pipe"), (1, 0, 1)),
+    (lambda d: (d / "zero.png").symlink_to("/dev/zero"), (1, 1, 0)),
+    (lambda d: (d / "gone.png").symlink_to(d / "nowhere"), (1, 1, 0)),
+    (lambda d: (d / "self.png").symlink_to(d / "self.png"), (1, 1, 0)),
+    (lambda d: (d / "linked").symlink_to(d.parent / "else"), (3, 0, 0)),
+    (lambda d: [(d / name).symlink_to(d.parent / "else") for name in "xy"], (5, 0, 0)),
+    (lambda d: (d / "one.png").symlink_to(d.parent / "else" / "0.png"), (2, 0, 0)),
+    (lambda d: (d / "loop").symlink_to(d), (1, 0, 0)), (lambda d: (d / "up").symlink_to(d.parent), (3, 0, 0)),
+    (lambda d: [(d / "linked").symlink_to(d.parent / "else"), (d.parent / "else" / "back").symlink_to(d)], (3, 0, 0)),
+    (lambda d: save_png(d / "folder.png" / "x.png"), (2, 0, 0)), (lambda d: (d / "empty").mkdir(), (1, 0, 0)),
+    (lambda d: save_png(d / "locked" / "x.png"), (1, 1, 0))])
+def test_every_file_of_a_folder_is_accounted_for(tmp_path, make, found, monkeypatch, capsys):
+    """Read, unreadable and named, or counted: beside one good image, and two of another folder."""
+    list_folder = os.listdir
+    def listdir(path):  # a folder without permission, also for root
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_folder(path)
+    monkeypatch.setattr(os, "listdir", listdir)
+    folder = tmp_path / "folder"
+    save_png(folder / "good.png")
+    for i in range(2):
+        save_png(tmp_path / "else" / f"{i}.png")
+    make(folder)
+    images, paths, bad = evaluate.read_folder(folder)
+    printed = capsys.readouterr().err
+    assert len(images) == len(paths) == found[0] and len(bad) == found[1] and all(path in printed for path in bad)
+    assert printed.endswith("{}: {} images, {} unreadable, {} other files\n".format(folder, *found))
+
+
 @pytest.mark.parametrize("make", [lambda d: None, lambda d: (d / "a.png").write_text("x"), lambda d: d.rmdir()])
 def test_folder_without_an_image_is_an_error(tmp_path, make, capsys):
     folder = tmp_path / "folder"
@@ -152,6 +194,18 @@ def test_missing_sets_and_files(tmp_path, capsys):
     root = openood_tree(tmp_path)
     sets, missing = evaluate.load_benchmark("cifar100", root)
     assert list(sets) == ["id", "svhn"] and missing == ["cifar10", "tin", "mnist", "texture", "places365"]
+    # A list none of whose files is there is a missing set, and says what it looked for; a byte-order mark is no path.
+    list_path = root / "benchmark_imglist" / "cifar100" / "test_svhn.txt"
+    rows = list_path.read_text()
+    for text, says in ((rows.replace("/", "\\"), "test_svhn\\0.png"),
+                       (rows.replace("test", "'test"), "'test_svhn/0.png"),
+                       (rows.replace("svhn/", "svhn/none/"), "svhn/none/0.png"), ("\ufeff" + rows, None)):
+        list_path.write_text(text, "utf-8")
+        capsys.readouterr()
+        sets, missing = evaluate.load_benchmark("cifar100", root)
+        assert ("svhn" in missing) == bool(says)
+        assert (f"none of the 6 images of {list_path} is there" in (printed := capsys.readouterr().err)) == bool(says)
+        assert (says or "") in printed
     image = root / "images_classic" / "test_cifar100" / "3.png"
     content = image.read_bytes()
     for damage, words in ((lambda: image.unlink(), ("1 of the 8", "3.png")),
