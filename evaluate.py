@@ -381,7 +381,8 @@ def normalize(images, dataset):
 def outputs(net, images, dataset, device, batch_size=500):
     """Images uint8 [N, 3, S, S] -> (logits [N, C], features [N, D]), float32 on the CPU, the network in eval mode.
 
-    Convolutions run in bf16 where models.autocast says so, pooling and classifier always in float32.
+    Convolutions run in bf16 where models.autocast says so, pooling and classifier always in float32. Ends the program
+    where an output is not finite.
     """
     net.eval().to(device=device, memory_format=torch.channels_last)
     logits, features = [], []
@@ -390,7 +391,17 @@ def outputs(net, images, dataset, device, batch_size=500):
             out = net(normalize(batch.to(device), dataset), return_feature=True)
         logits.append(out[0].cpu())
         features.append(out[1].cpu())
-    return torch.cat(logits).float(), torch.cat(features).float()
+    logits, features = torch.cat(logits).float(), torch.cat(features).float()
+    check_outputs(net, logits, features)
+    return logits, features
+
+
+def check_outputs(net, *outputs):
+    """Ends the program where outputs [B, K] of the network, or the sums of their squares, are not finite: scores of
+    such are no verdict. Finite weights are no guarantee, as a negative variance shows."""
+    if not all(values.square().sum(1).isfinite().all() for values in outputs):
+        fail(f"{getattr(net, 'source', 'the network')} gives outputs that are not finite: train it again with a lower "
+             "rate, or take another file")
 
 
 def load_network(path, num_classes, arch=None):
@@ -422,6 +433,7 @@ def load_network(path, num_classes, arch=None):
         net.load_state_dict(state)
     except RuntimeError as problem:
         fail(f"{path} does not fit {found}: {' '.join(str(problem).split())[:200]}")
+    net.source = path
     return net.eval()
 
 
@@ -735,6 +747,18 @@ def share(text):
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to 1")
     return value
+
+
+def finite(text):
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return float(text)
+
+
+def seed(text):
+    if abs(int(text)) >= 10 ** 17:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at most 17 digits")
+    return int(text)
 
 
 def positive(text):

@@ -281,6 +281,7 @@ def stage2(net, images, dataset, device):
         with models.autocast(device):
             maps = net.lower(evaluate.normalize(batch.to(device), dataset))
             features = net.upper(maps)
+        evaluate.check_outputs(net, features)
         yield maps.float(), features
 
 
@@ -333,10 +334,12 @@ def main():
     parser.add_argument("--out", default="outliers.pt", help="file for the outliers")
     parser.add_argument("--show", metavar="FILE.png", help="also draw the training images nearest to boundary outliers")
     parser.add_argument("--per-class", type=evaluate.positive, default=50, help="outliers of each kind per class")
-    parser.add_argument("--sigma", type=float, default=SIGMA, help="noise at 768 dimensions; see boundary_outliers")
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="weight of the condition when sampling")
+    parser.add_argument("--sigma", type=evaluate.finite, default=SIGMA,
+                        help="noise at 768 dimensions; see boundary_outliers")
+    parser.add_argument("--guidance", type=evaluate.finite, default=GUIDANCE,
+                        help="weight of the condition when sampling")
     parser.add_argument("--diffusion-steps", type=evaluate.positive, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=evaluate.seed, default=0)
     parser.add_argument("--device", default=evaluate.best_device())
     args = parser.parse_args()
     evaluate.check_device(args.device)

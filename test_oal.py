@@ -790,6 +790,10 @@ def test_threshold_accepts_the_share():
     (synthesize, "no.pt", "no.pt"), (synthesize, "x.pt --device abacus", "abacus"),
     (train, "--outliers noise --recipe released", "--outliers noise"), (train, "--peer vos --w-kd 1", "--peer"),
     (train, "--peer logitnorm --benchmark", "--peer"), (train, "--peer vos --recipe released", "--peer"),
+    (train, "--w-kd nan", "nan"), (train, "--w-latent inf", "inf"), (synthesize, "x.pt --sigma nan", "nan"),
+    (synthesize, "x.pt --guidance=-inf", "inf"), (synthesize, "x.pt --sigma wide", "wide"),
+    (train, "--seed 12345678901234567890", "12345678901234567890"), (train, "--seed 1.5", "1.5"),
+    (synthesize, "x.pt --seed 12345678901234567890", "12345678901234567890"),
     (train, "--size 48", "48"), (train, "--size 64", "--size 64"),
     (evaluate, "x.pt --dataset cifar10 --size 128", "--size 128"), (evaluate, "x.pt --dataset moon", "moon"),
     (synthesize, "x.pt --dataset moon", "moon"), (train, "--w-boundary 1", "--w-boundary"),
@@ -818,6 +822,26 @@ def test_a_class_of_a_single_image_has_no_boundary(tmp_path, monkeypatch, capsys
 def test_exit_status(program):
     done = subprocess.run([sys.executable, HERE / program, "--dataset", "moon"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("program, words", [
+    (evaluate, "net.pt --flag mine"), (evaluate, "net.pt --flag mine --score ebo"), (evaluate, "net.pt"),
+    (synthesize, "net.pt --out o.pt"), (train, "--ce net.pt --out run"), (train, "--teacher net.pt --out run")])
+@pytest.mark.parametrize("key, value", [("bn1.running_var", -9.0), ("layer4.0.bn2.weight", 1e25)])
+def test_outputs_that_are_not_finite_are_no_verdict(tiny, program, words, key, value, tmp_path, monkeypatch, capsys):
+    """Finite weights whose outputs are NaN, or finite and too large for a score, end every program before it writes."""
+    state = train.build("resnet_tiny", 8, 0).state_dict()
+    state[key].fill_(value)
+    torch.save(state, tmp_path / "net.pt")
+    save_png(tmp_path / "mine" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["program", *words.split(), "--device", "cpu"])
+    with pytest.raises(SystemExit) as stop:
+        program.main()
+    printed = capsys.readouterr()
+    error = printed.err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: net.pt gives outputs that are not finite")
+    assert not list(tmp_path.glob("*/*.pt")) and not (tmp_path / "o.pt").exists() and "verdict" not in printed.out
 
 
 def test_no_data_and_no_network(tmp_path, monkeypatch, capsys):
@@ -1066,6 +1090,7 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
     monkeypatch.setattr(synthesize, "gaussian_outliers", lambda *words: torch.zeros(9, 128))  # of the CPU alone
+    monkeypatch.setattr(evaluate, "check_outputs", lambda *words: None)                       # fake ones have no value
     args = argparse.Namespace(dataset="shapes", device="cuda", outliers="diffusion", rank=0, world=1, batch=8, crop=1,
                               w_boundary=0.1, w_latent=0.2, per_class=1, seed=0)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -1157,9 +1182,9 @@ train.main()
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        tiny(tmp_path / "a", "--w-kd", "nan")
+        tiny(tmp_path / "a", "--w-kd", "1e300")
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "sum nan" in error
+    assert stop.value.code == 2 and "sum inf" in error
     assert error.startswith("error: the loss is not finite at oal step 0: ce ")
 
 

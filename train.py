@@ -301,7 +301,8 @@ def save_network(net, args, name):
 
 def load_weights(net, args, name):
     """Reads what save_network wrote: the same network in every process, whether trained here or in an earlier run."""
-    net.load_state_dict(torch.load(args.out / name, map_location="cpu", weights_only=True))
+    net.source = args.out / name
+    net.load_state_dict(torch.load(net.source, map_location="cpu", weights_only=True))
     return net.to(args.device, memory_format=torch.channels_last).eval()
 
 
@@ -384,7 +385,7 @@ def parse_args():
     evaluate.add_data_options(parser)
     parser.add_argument("--ood", nargs="+", default=[], metavar="FOLDER", help="folders of your own OOD images")
     parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=evaluate.seed, default=0)
     parser.add_argument("--arch", choices=models.ARCHS, help="resnet_tiny on shapes, else resnet18")
     parser.add_argument("--epochs", type=evaluate.positive,
                         help="of each training stage, the teacher's too; default: the arch's own")
@@ -399,7 +400,8 @@ def parse_args():
     parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
                         help="noise: Gaussian noise in place of synthesised latents, to compare")
     for name in RECIPES["released"]:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="weight of the term; 0 leaves it out")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.finite,
+                            help="weight of the term; 0 leaves it out")
     args = parser.parse_args()
     args.arch = args.arch or ("resnet_tiny" if args.dataset == "shapes" else "resnet18")
     args.epochs = dict(ce=args.epochs, teacher=args.epochs, oal=args.epochs) if args.epochs else None
@@ -454,6 +456,8 @@ def main():
         evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs 2 images of each "
                       "class")
     args.batch = min(args.batch, len(images))
+    for net in ([ce] if args.ce else []) + ([teacher] if args.teacher else []):
+        evaluate.outputs(net, images[:100], args.dataset, args.device)  # that they are finite
     sets, missing = evaluate.load_benchmark(args.dataset, args.data_root, args.ood)
     if args.rank == 0:
         if missing:
