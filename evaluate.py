@@ -460,13 +460,17 @@ def ebo(logits, features=None, ref=None, temperature=1.0):
 def knn(logits, features, ref, k=50, megabytes=256):
     """Minus the distance to the k-th nearest training feature, unit length (Sun et al., arXiv 2204.06507; k = 50).
 
-    Never holds more distances at once than `megabytes`.
+    Never holds more distances at once than `megabytes`. Measured from the bank's centre: from the origin all distances
+    of features that have collapsed to nearly one would cancel to the same float32 number.
     """
-    bank = F.normalize(ref["features"], dim=1)
+    bank = F.normalize(ref["features"].double(), dim=1)
+    centre = bank.mean(0)
+    bank, queries = (bank - centre).float(), (F.normalize(features.double(), dim=1) - centre).float()
+    half = bank.square().sum(1) / 2                                                  # |q - b|^2 = |q|^2 + 2 (half - qb)
     rows = max(1, megabytes * 2 ** 20 // (4 * len(bank)))
-    kth = [(chunk @ bank.T).topk(min(k, len(bank)), dim=1, sorted=False)[0].amin(1)  # nearest = largest cosine
-           for chunk in F.normalize(features, dim=1).split(rows)]
-    return -(2 - 2 * torch.cat(kth)).clamp_min(0).sqrt()
+    kth = [torch.addmm(half, chunk, bank.T, alpha=-1).topk(min(k, len(bank)), largest=False, sorted=False)[0].amax(1)
+           for chunk in queries.split(rows)]
+    return -(queries.square().sum(1) + 2 * torch.cat(kth)).clamp_min(0).sqrt()
 
 
 def fdbd(logits, features, ref):

@@ -701,6 +701,17 @@ def test_knn_in_chunks_is_knn(toy):
     assert torch.allclose(evaluate.knn(logits, features, ref, megabytes=0), evaluate.knn(logits, features, ref))
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-6])
+def test_knn_tells_features_apart_that_have_collapsed(spread):
+    """Against float64 differences: one direction, about which float32 features of length 9 differ by `spread`."""
+    point = torch.randn(32, generator=rng(7))
+    bank, queries = (9 * F.normalize(point + spread * torch.randn(n, 32, generator=rng(n)), dim=1) for n in (300, 500))
+    unit = [F.normalize(x.double(), dim=1) for x in (queries, bank)]
+    expected = -(unit[0][:, None] - unit[1]).norm(dim=2).kthvalue(50, dim=1)[0]
+    found = evaluate.knn(None, queries, {"features": bank})
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=0) and len(found.unique()) > 300
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics.
 
