@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import zlib
@@ -404,22 +405,35 @@ def check_outputs(net, *outputs):
              "rate, or take another file")
 
 
+# What a pickled numpy scalar, such as an accuracy, is made of: its function, as numpy 1 and 2 name it, and types.
+NUMPY_SCALARS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+                 np.dtype, *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]}]
+
+
 def load_network(path, num_classes, arch=None):
     """A checkpoint file -> the network, on the CPU in eval mode; ends the program if it is not one of num_classes.
 
-    Takes a plain state_dict, one under 'state_dict', and names with a leading 'module.'; the arch is read from the
-    width of the first convolution, and must be `arch` where that is given.
+    Takes a state_dict, plain or the one dict of tensors in a dict, whatever its key; names that begin with 'module.',
+    'model.' or '_orig_mod.', and pytorch-cifar's 'linear.' for 'fc.'; numpy scalars beside the weights. The arch is
+    read from the width of the first convolution, and must be `arch` where that is given.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"no checkpoint {path}")
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # a text file, a truncated archive, a pickle of anything but tensors
-        fail(f"{path} is not a file of weights ({type(problem).__name__}): give a state_dict saved by torch.save")
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
-        fail(f"{path} holds no state_dict: give a dict of tensors saved by torch.save")
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+        if getattr(problem, "filename", None):
+            fail(f"no checkpoint {path} ({problem.strerror}): name a file of weights")
+        foreign = re.search(r"GLOBAL (\S+)", str(problem))
+        reason = f"it needs the code of {foreign[1]}" if foreign else "cut short, or text"
+        fail(f"{path} is not a file of weights ({reason}): give a state_dict saved by torch.save")
+    is_state = lambda part: isinstance(part, dict) and part and all(map(torch.is_tensor, part.values()))
+    inside = {"": content} if is_state(content) else {
+        key: part for key, part in (content.items() if isinstance(content, dict) else ()) if is_state(part)}
+    if len(inside) != 1:
+        fail(f"{path} holds {', '.join(map(str, inside)) or 'no state_dict'}: give one dict of tensors, saved by "
+             "torch.save")
+    state = {re.sub(r"^linear\.", "fc.", re.sub(r"^((module|model|_orig_mod)\.)+", "", str(name))): value.to_dense()
+             for part in inside.values() for name, value in part.items()}
     if any(value.is_floating_point() and not torch.isfinite(value).all() for value in state.values()):
         fail(f"{path} holds weights that are not finite: train it again with a lower rate")
     widths = {width: name for name, (_, width) in models.ARCHS.items()}
@@ -427,7 +441,7 @@ def load_network(path, num_classes, arch=None):
     if found is None or (arch and arch != found):
         fail(f"{path} is a checkpoint of {found or 'an unknown arch'}: expected {arch or ' or '.join(models.ARCHS)}")
     net = models.build(found, num_classes)
-    if "fc.weight" in state and len(state["fc.weight"]) != num_classes:
+    if "fc.weight" in state and state["fc.weight"].dim() and len(state["fc.weight"]) != num_classes:
         fail(f"{path} was trained for {len(state['fc.weight'])} classes: the dataset has {num_classes}")
     try:
         net.load_state_dict(state)

@@ -865,31 +865,54 @@ def test_no_data_and_no_network(tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and error.startswith("error: ") and str(tmp_path) in error
 
 
-def test_checkpoints_of_others(tmp_path, capsys):
-    """OpenOOD's forms load, to the same logits; anything that is not such a file ends in one line."""
-    net = models.build("resnet18", 10).eval()
-    state, path = net.state_dict(), tmp_path / "net.pt"
-    x = torch.randn(2, 3, 32, 32, generator=rng())
-    for form in (state, {"state_dict": state}, {f"module.{name}": value for name, value in state.items()},
-                 {"state_dict": {f"module.{name}": value for name, value in state.items()}}):
-        torch.save(form, path)
-        assert evaluate.load_network(path, 10)(x).equal(net(x))
-    whole = path.read_bytes()
-    torch.save(state, path)
-    small = {**models.build("resnet_small", 10).state_dict()}
-    del small["layer1.0.bn1.bias"]
-    save = lambda content: lambda: torch.save(content, path)
-    for make, arch, says in ((lambda: None, "resnet_small", "resnet18"), (save([1, 2]), None, "state_dict"),
-                             (lambda: path.write_bytes(whole[:5000]), None, "weights"), (save({}), None, "state_dict"),
-                             (lambda: path.write_text("text"), None, "weights"), (save(net), None, "weights"),
-                             (save({"a": "b"}), None, "state_dict"), (save(small), None, "bn1.bias"),
-                             (save(models.build("resnet18", 7).state_dict()), None, "7 classes"),
-                             (save({**state, "fc.bias": state["fc.bias"] / 0}), None, "not finite")):
-        make()
-        with pytest.raises(SystemExit) as stop:
-            evaluate.load_network(path, 10, arch)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("error: ") and says in error and error.count("\n") == 1
+@pytest.mark.parametrize("form", [
+    lambda s: s, lambda s: {"state_dict": s}, lambda s: {"net": s, "acc": 93.1, "epoch": 199}, lambda s: {"model": s},
+    lambda s: {"model_state_dict": s, "optimizer": {"state": {0: {"m": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}},
+    lambda s: {"state_dict_ema": s}, lambda s: {"anything": s, "heads": {}, "rng": torch.ones(3)},
+    *(lambda s, prefix=prefix: {prefix + name: value for name, value in s.items()}
+      for prefix in ("module.", "model.", "_orig_mod.", "module._orig_mod.", "model.module.")),
+    lambda s: {"state_dict": {f"module.{name}": value for name, value in s.items()}},
+    lambda s: {"net": {name.replace("fc.", "module.linear."): value for name, value in s.items()}},
+    lambda s: {"net": s, "acc": np.float64(93.1), "best": np.float32(1), "epoch": np.int64(7), "done": np.bool_(True)},
+    lambda s: {**s, "fc.weight": s["fc.weight"].to_sparse()}, lambda s: {k: v.double() for k, v in s.items()}])
+def test_checkpoints_of_others(form, tmp_path):
+    """The forms that other programs save load to the same logits."""
+    net, x = models.build("resnet_tiny", 10).eval(), torch.randn(2, 3, 32, 32, generator=rng())
+    torch.save(form(net.state_dict()), tmp_path / "net.pt")
+    assert evaluate.load_network(tmp_path / "net.pt", 10)(x).equal(net(x))
+
+
+@pytest.mark.parametrize("arch, form, says", [
+    ("resnet_small", lambda s: s, "resnet_tiny"), (None, lambda s: [1, 2], "no state_dict"),
+    (None, lambda s: {}, "no state_dict"), (None, lambda s: {"a": "b"}, "no state_dict"),
+    (None, lambda s: torch.ones(3), "no state_dict"), (None, lambda s: {"state_dict": {}}, "no state_dict"),
+    (None, lambda s: {"model": s, "state_dict_ema": s}, "model, state_dict_ema"),
+    (None, lambda s: {"net": models.build("resnet_tiny", 10)}, "models.ResNet"),
+    (None, lambda s: {**s, "acc": Path("x")}, "pathlib"), (None, lambda s: {"net": s, "f": np.ones(3)}, "_reconstruct"),
+    (None, lambda s: {name: value for name, value in s.items() if name != "layer1.0.bn1.bias"}, "bn1.bias"),
+    (None, lambda s: models.build("resnet_tiny", 7).state_dict(), "7 classes"),
+    (None, lambda s: {**s, "fc.bias": s["fc.bias"] / 0}, "not finite"),
+    (None, lambda s: {**s, "fc.weight": torch.tensor(1.0)}, "fc.weight"),
+    (None, lambda s: {**s, "conv1.weight": torch.tensor(1.0)}, "unknown arch"),
+    (None, lambda s: {"fc.weight": s["fc.weight"]}, "unknown arch"),
+    (None, lambda s: b"text", "not a file of weights"), (None, lambda s: b"", "not a file of weights"),
+    (None, lambda s: "cut", "cut short"), (None, lambda s: "folder", "Is a directory")])
+def test_what_is_no_checkpoint_is_an_error(arch, form, says, tmp_path, capsys):
+    """One line that names the cause."""
+    state, path = models.build("resnet_tiny", 10).state_dict(), tmp_path / "net.pt"
+    content = form(state)
+    if content == "folder":
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(state if content == "cut" else content, path)
+        if content == "cut":
+            path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.load_network(path, 10, arch)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and says in error and error.count("\n") == 1
 
 
 def test_augmentation_is_crop_and_flip():
