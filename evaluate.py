@@ -270,14 +270,13 @@ def read_classes(folder, size=SIZE):
     for name, count in zip(names, labels.bincount(minlength=len(names)).tolist()):
         if count < 2:
             fail(f"the class {name} has {count} images to train on in {root / 'train'}: it needs 2")
-    for split in absent:
-        if not len(splits[split][0]):
-            fail(f"{root} has no {split}/, and classes of fewer than 4 images none to spare for it: add images")
+    if not all(len(splits[split][0]) for split in absent):
+        fail(f"{root} has no {absent[0]}/, and classes of fewer than 4 images none to spare for it: add images")
     print(f"{root}: {len(names)} classes, {', '.join(names)}; {len(images)} images to train on, "
           f"{len(splits['val'][0])} for thresholds, {len(splits['test'][0])} to test", file=sys.stderr, flush=True)
     levels = torch.arange(256).double() / 255
-    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.transpose(0, 1)])  # [3, 256]
-    mean, square = ((counts / counts.sum(1, keepdim=True)).double() @ power for power in (levels, levels ** 2))
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.transpose(0, 1)]).double()
+    mean, square = (counts @ power / counts[0].sum() for power in (levels, levels ** 2))                # [3] each
     std = (square - mean ** 2).clamp_min(1e-4).sqrt()                 # of images all in one colour too
     return dict(classes=len(names), names=names, mean=tuple(mean.tolist()), std=tuple(std.tolist()), groups={},
                 size=size, splits=splits)
