@@ -4,6 +4,7 @@
     python evaluate.py runs/cifar100/ce.pt runs/cifar100/student.pt --dataset cifar100 --data-root DIR --plot out.png
     python evaluate.py student.pt --dataset cifar100 --data-root DIR --score ebo --ood FOLDER   # a row for your images
     python evaluate.py student.pt --dataset cifar100 --data-root DIR --flag FOLDER > flags.csv  # verdict per image
+    python evaluate.py runs/photos/student.pt --dataset photos --flag FOLDER > flags.csv        # by your own classes
 
 The protocol is that of OpenOOD v1.5 (arXiv 2306.09301): its lists, its transform, its metrics. A score here is a
 confidence: higher = more in-distribution. In reading order: images, embedded images, network outputs, scores, metrics,
@@ -15,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -34,14 +36,15 @@ import losses
 import models
 
 SIZE = 32
-CLASSES = {"shapes": 8, "cifar10": 10, "cifar100": 100}
-MEAN_STD = {"shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
-            "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-            "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}
 CIFAR_FAR = ("mnist", "svhn", "texture", "places365", "scenes")
-GROUPS = {"shapes": {"near": ("held_out",), "far": ("noise", "stripes", "flat", "gradient", "blobs")},
-          "cifar10": {"near": ("cifar100", "tin"), "far": CIFAR_FAR},
-          "cifar100": {"near": ("cifar10", "tin"), "far": CIFAR_FAR}}
+# The ID sets that have a name. A user's folder of classes adds an entry of its own, with its images (read_classes).
+ID_SETS = {"shapes": dict(classes=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
+                          groups={"near": ("held_out",), "far": ("noise", "stripes", "flat", "gradient", "blobs")}),
+           "cifar10": dict(classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+                           groups={"near": ("cifar100", "tin"), "far": CIFAR_FAR}),
+           "cifar100": dict(classes=100, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761),
+                            groups={"near": ("cifar10", "tin"), "far": CIFAR_FAR})}
+NAMED = tuple(ID_SETS)
 VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
 NOT_IN_BENCHMARK = ("scenes",)  # measured where a list names it, not reported as missing where none does
 
@@ -63,44 +66,48 @@ def make_folder(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Images: every set is a uint8 tensor [N, 3, 32, 32] and an int64 tensor of labels [N], -1 for OOD.
+# Images: every set is a uint8 tensor [N, 3, S, S] and an int64 tensor of labels [N], -1 for OOD. S = 32, but for a
+# user's folder of classes with --size.
 
 
-def to_tensor(image):
-    """PIL image of any size and mode -> uint8 [3, 32, 32] by OpenOOD's test transform.
+def to_tensor(image, size=SIZE):
+    """PIL image of any size and mode -> uint8 [3, size, size] by OpenOOD's test transform.
 
-    RGB, shorter side to 32 (bilinear, antialiased), centre crop. 16-bit gray is scaled to 8 bits: PIL would clip it.
+    RGB, shorter side to `size` (bilinear, antialiased), centre crop; a photograph's EXIF rotation is not applied, as in
+    OpenOOD. 16-bit gray is scaled to 8 bits: PIL would clip it.
     """
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    image = center_crop(resize(image.convert("RGB"), SIZE), SIZE)
+    image = center_crop(resize(image.convert("RGB"), size), size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def decode(paths):
-    """Image files -> (uint8 [N, 3, 32, 32] of the readable, their indices into paths, {path: reason} of the rest)."""
+def decode(paths, size=SIZE):
+    """Image files -> (uint8 [N, 3, size, size] of the readable, their indices in paths, {path: reason} of the rest)."""
     def read(path):
+        if not os.path.isfile(path):
+            return "neither a regular file nor a folder that can be listed"  # to open a named pipe would wait for ever
         try:
             with Image.open(path) as image:
-                return to_tensor(image)
+                return to_tensor(image, size)
         except Exception as problem:  # a damaged file makes PIL raise any of a dozen types
             return f"{type(problem).__name__}: {problem}".splitlines()[0]
 
     with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's lock
         results = list(pool.map(read, paths))
     good = [i for i, result in enumerate(results) if torch.is_tensor(result)]
-    images = torch.stack([results[i] for i in good]) if good else torch.empty(0, 3, SIZE, SIZE, dtype=torch.uint8)
+    images = torch.stack([results[i] for i in good]) if good else torch.empty(0, 3, size, size, dtype=torch.uint8)
     return images, good, {str(paths[i]): r for i, r in enumerate(results) if not torch.is_tensor(r)}
 
 
 def read_list(list_path, image_root, cache_path):
     """The images of one OpenOOD list (lines `path label`) -> (images, labels), decoded once, then read from the cache.
 
-    None if not one file of the list is there (a set that was not downloaded); ends the program if some are not there
-    or cannot be decoded. The cache's key is a digest of the list and the transform: a changed list, another program's
-    file, a truncated cache or one with altered images are all decoded anew.
+    None if not one file of the list is there (a set that was not downloaded), which is said; ends the program if some
+    are not there or cannot be decoded. The cache's key is a digest of the list and the transform: a changed list,
+    another program's file, a truncated cache or one with altered images are all decoded anew.
     """
-    text = list_path.read_text(errors="replace")
+    text = list_path.read_text("utf-8-sig", "replace")
     key = hashlib.sha256(f"RGB, Resize({SIZE}), CenterCrop({SIZE})\n{text}".encode()).hexdigest()
     try:
         saved = torch.load(cache_path, weights_only=True)
@@ -117,6 +124,7 @@ def read_list(list_path, image_root, cache_path):
         fail(f"{list_path} is empty: fetch it again")
     absent = [path for path in paths if not path.is_file()]
     if len(absent) == len(paths):
+        print(f"none of the {len(paths)} images of {list_path} is there, the first is {absent[0]}", file=sys.stderr)
         return None
     if absent:
         fail(f"{len(absent)} of the {len(paths)} images of {list_path} are not there, the first is {absent[0]}: "
@@ -159,11 +167,13 @@ def from_torchvision(name, train, root):
 
 
 def load(dataset, split, data_root=None):
-    """One set -> (images uint8 [N, 3, 32, 32], labels int64 [N]); None for an OOD set that is not to be had.
+    """One set -> (images uint8 [N, 3, S, S], labels int64 [N]); None for an OOD set that is not to be had.
 
-    dataset: 'shapes' (needs no data_root), 'cifar10' or 'cifar100'. split: 'train', 'val' or 'test' of the ID set, an
-    OOD set of GROUPS, or 'val_tin', OpenOOD's OOD images for choices. Ends the program if an ID set is missing.
+    dataset: a key of ID_SETS; data_root is CIFAR's alone. split: 'train', 'val' or 'test' of the ID set, an OOD set of
+    its groups, or 'val_tin', OpenOOD's OOD images for choices. Ends the program if an ID set is missing.
     """
+    if dataset not in NAMED:
+        return ID_SETS[dataset]["splits"].get(split)
     if dataset == "shapes":
         return draw_set(split)
     root, is_id = Path(data_root), split in ("train", "val", "test")
@@ -188,28 +198,98 @@ def load(dataset, split, data_root=None):
     if loaded is None and is_id:
         fail(f"none of the images of {list_path} is there: put OpenOOD v1.5's into {root / 'images_classic'}"
              if list_path.is_file() else f"no list {list_path}: put OpenOOD v1.5's lists there")
-    if is_id and not 0 <= int(loaded[1].min()) <= int(loaded[1].max()) < CLASSES[dataset]:
-        fail(f"{list_path} holds labels outside 0..{CLASSES[dataset] - 1}: it is not a list of {dataset}")
+    if is_id and not 0 <= int(loaded[1].min()) <= int(loaded[1].max()) < ID_SETS[dataset]["classes"]:
+        fail(f"{list_path} holds labels outside 0..{ID_SETS[dataset]['classes'] - 1}: it is not a list of {dataset}")
     return loaded
 
 
-def read_folder(folder):
-    """All images below a folder -> (uint8 [N, 3, 32, 32], their N paths, {path: reason} of the unreadable ones).
+def files_below(folder, above=()):
+    """The files below a folder, links followed, but for a link to a folder that it lies in; and folders not listed."""
+    here = os.path.realpath(folder)
+    try:
+        names = os.listdir(folder) if here not in above else []
+    except OSError:
+        return [folder]  # decode says that it cannot be read
+    return sum((files_below(folder / name, (*above, here)) if (folder / name).is_dir() else [folder / name]
+                for name in names), [])
 
-    Files count as images by their ending. Ends the program if the folder is not there or has no readable image.
+
+def read_folder(folder, size=SIZE):
+    """All images below a folder -> (uint8 [N, 3, size, size], their N paths, {path: reason} of the unreadable ones).
+
+    Files count as images by their ending; how many do not is said. Ends the program if the folder is not there or has
+    no readable image.
     """
-    endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    endings = datasets.folder.IMG_EXTENSIONS
     if not Path(folder).is_dir():
         fail(f"{folder} is not a folder: name one that holds images")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings and not path.is_dir())
+    files = files_below(Path(folder))
+    paths = sorted(path for path in files if path.name.lower().endswith(endings) or path.is_dir())
     if not paths:
-        fail(f"{folder} holds no image: its files must end in {' '.join(endings)}")
-    images, good, bad = decode(paths)
+        fail(f"{folder} holds no image, {len(files)} other files: an image must end in {' '.join(endings)}")
+    images, good, bad = decode(paths, size)
     for path, reason in bad.items():
         print(f"unreadable: {path} ({reason})", file=sys.stderr, flush=True)
+    print(f"{folder}: {len(good)} images, {len(bad)} unreadable, {len(files) - len(paths)} other files",
+          file=sys.stderr, flush=True)
     if not good:
         fail(f"none of the {len(paths)} images of {folder} can be decoded: replace them")
     return images, [str(paths[i]) for i in good], bad
+
+
+def read_classes(folder, size=SIZE):
+    """A user's folder of classes -> an entry like those of ID_SETS, with the classes' names and the images of 'splits'.
+
+    A class is all that lies below train/CLASS, classes sorted by name. A split val/ or test/ that is not there takes a
+    tenth of each class of train/ (one image of a class of 4 to 9), chosen by a digest of the path below the folder:
+    the same for every program and seed, and a new image moves hardly another. Mean and std are the training images'.
+    Ends the program on a class of fewer than 2 training images, one class alone, or a class that train/ lacks.
+    """
+    root, splits = Path(folder), {}
+    if not (root / "train").is_dir():
+        fail(f"no folder {root / 'train'}: put the images of each class into {root / 'train' / 'CLASS'}")
+    names = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
+    if len(names) < 2:
+        fail(f"{root / 'train'} holds {f'the class {names[0]} alone' if names else 'no class'}: add another folder")
+    absent = [split for split in ("val", "test") if not (root / split).is_dir()]
+    for split in [split for split in ("train", "val", "test") if split not in absent]:
+        images, paths, _ = read_folder(root / split, size)
+        paths = [Path(path).relative_to(root) for path in paths]
+        for path in paths:
+            if path.parts[1] not in names:
+                fail(f"{root / split / path.parts[1]} is no class of {root / 'train'}: move it away, or add the class")
+        splits[split] = images, torch.tensor([names.index(path.parts[1]) for path in paths])
+        if split == "train":
+            order = torch.tensor(sorted(range(len(paths)), key=lambda i: hashlib.sha256(bytes(paths[i])).digest()))
+    images, labels = splits["train"]
+    home = torch.full_like(labels, -1)                                # index into `absent`, -1 for training
+    for label in range(len(names)):
+        mine = order[labels[order] == label]
+        tenth = max(len(mine) // 10, len(mine) >= 4)
+        for i in range(len(absent)):
+            home[mine[i * tenth:(i + 1) * tenth]] = i
+    splits |= {split: (images[home == i], labels[home == i]) for i, split in ((-1, "train"), *enumerate(absent))}
+    images, labels = splits["train"]
+    for name, count in zip(names, labels.bincount(minlength=len(names)).tolist()):
+        if count < 2:
+            fail(f"the class {name} has {count} images to train on in {root / 'train'}: it needs 2")
+    if not all(len(splits[split][0]) for split in absent):
+        fail(f"{root} has no {absent[0]}/, and classes of fewer than 4 images none to spare for it: add images")
+    print(f"{root}: {len(names)} classes, {', '.join(names)}; {len(images)} images to train on, "
+          f"{len(splits['val'][0])} for thresholds, {len(splits['test'][0])} to test", file=sys.stderr, flush=True)
+    levels = torch.arange(256).double() / 255
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.transpose(0, 1)]).double()
+    mean, square = (counts @ power / counts[0].sum() for power in (levels, levels ** 2))                # [3] each
+    std = (square - mean ** 2).clamp_min(1e-4).sqrt()                 # of images all in one colour too
+    return dict(classes=len(names), names=names, mean=tuple(mean.tolist()), std=tuple(std.tolist()), groups={},
+                size=size, splits=splits)
+
+
+def id_set(args):
+    """The entry in ID_SETS of --dataset, added first where that is a folder."""
+    if args.dataset not in NAMED:
+        ID_SETS[args.dataset] = read_classes(args.dataset, args.size)
+    return ID_SETS[args.dataset]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,7 +320,7 @@ def draw_set(split):
     clutter and noise. 'held_out' (near-OOD): 4 other shapes drawn the same way. Far-OOD: 'noise', 'stripes', 'flat',
     'gradient', 'blobs'. None for a split that does not exist.
     """
-    names = ("train", "val", "test", "held_out", "val_held_out", *GROUPS["shapes"]["far"])
+    names = ("train", "val", "test", "held_out", "val_held_out", *ID_SETS["shapes"]["groups"]["far"])
     if split not in names:
         return None
     n = SHAPES_SIZES.get(split, 500)
@@ -295,16 +375,17 @@ def best_device():
 
 
 def normalize(images, dataset):
-    """uint8 [B, 3, 32, 32] -> float32 [B, 3, 32, 32] with the ID set's mean and standard deviation, channels last."""
-    mean, std = torch.tensor(MEAN_STD[dataset], device=images.device)[:, None, :, None, None]  # two of [1, 3, 1, 1]
+    """uint8 [B, 3, S, S] -> float32 [B, 3, S, S] with the ID set's mean and standard deviation, channels last."""
+    mean, std = (torch.tensor(ID_SETS[dataset][key], device=images.device)[:, None, None] for key in ("mean", "std"))
     return images.float().div(255).sub(mean).div(std).contiguous(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
 def outputs(net, images, dataset, device, batch_size=500):
-    """Images uint8 [N, 3, 32, 32] -> (logits [N, C], features [N, D]), float32 on the CPU, the network in eval mode.
+    """Images uint8 [N, 3, S, S] -> (logits [N, C], features [N, D]), float32 on the CPU, the network in eval mode.
 
-    Convolutions run in bf16 where models.autocast says so, pooling and classifier always in float32.
+    Convolutions run in bf16 where models.autocast says so, pooling and classifier always in float32. Ends the program
+    where an output is not finite.
     """
     net.eval().to(device=device, memory_format=torch.channels_last)
     logits, features = [], []
@@ -313,25 +394,48 @@ def outputs(net, images, dataset, device, batch_size=500):
             out = net(normalize(batch.to(device), dataset), return_feature=True)
         logits.append(out[0].cpu())
         features.append(out[1].cpu())
-    return torch.cat(logits).float(), torch.cat(features).float()
+    logits, features = torch.cat(logits).float(), torch.cat(features).float()
+    check_outputs(net, logits, features)
+    return logits, features
+
+
+def check_outputs(net, *outputs):
+    """Ends the program where outputs [B, K] of the network, or the sums of their squares, are not finite: scores of
+    such are no verdict. Finite weights are no guarantee, as a negative variance shows."""
+    if not all(values.square().sum(1).isfinite().all() for values in outputs):
+        fail(f"{getattr(net, 'source', 'the network')} gives outputs that are not finite: train it again with a lower "
+             "rate, or take another file")
+
+
+# What a pickled numpy scalar, such as an accuracy, is made of: its function, as numpy 1 and 2 name it, and types.
+NUMPY_SCALARS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+                 np.dtype, *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]}]
 
 
 def load_network(path, num_classes, arch=None):
     """A checkpoint file -> the network, on the CPU in eval mode; ends the program if it is not one of num_classes.
 
-    Takes a plain state_dict, one under 'state_dict', and names with a leading 'module.'; the arch is read from the
-    width of the first convolution, and must be `arch` where that is given.
+    Takes a state_dict, plain or the one dict of tensors in a dict, whatever its key; names that begin with 'module.',
+    'model.' or '_orig_mod.', and pytorch-cifar's 'linear.' for 'fc.'; numpy scalars beside the weights. The arch is
+    read from the width of the first convolution, and must be `arch` where that is given.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"no checkpoint {path}")
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # a text file, a truncated archive, a pickle of anything but tensors
-        fail(f"{path} is not a file of weights ({type(problem).__name__}): give a state_dict saved by torch.save")
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
-        fail(f"{path} holds no state_dict: give a dict of tensors saved by torch.save")
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+        if getattr(problem, "filename", None):
+            fail(f"no checkpoint {path} ({problem.strerror}): name a file of weights")
+        foreign = re.search(r"GLOBAL (\S+)", str(problem))
+        reason = f"it needs the code of {foreign[1]}" if foreign else "cut short, or text"
+        fail(f"{path} is not a file of weights ({reason}): give a state_dict saved by torch.save")
+    is_state = lambda part: isinstance(part, dict) and part and all(map(torch.is_tensor, part.values()))
+    inside = {"": content} if is_state(content) else {
+        key: part for key, part in (content.items() if isinstance(content, dict) else ()) if is_state(part)}
+    if len(inside) != 1:
+        fail(f"{path} holds {', '.join(map(str, inside)) or 'no state_dict'}: give one dict of tensors, saved by "
+             "torch.save")
+    state = {re.sub(r"^linear\.", "fc.", re.sub(r"^((module|model|_orig_mod)\.)+", "", str(name))): value.to_dense()
+             for part in inside.values() for name, value in part.items()}
     if any(value.is_floating_point() and not torch.isfinite(value).all() for value in state.values()):
         fail(f"{path} holds weights that are not finite: train it again with a lower rate")
     widths = {width: name for name, (_, width) in models.ARCHS.items()}
@@ -339,12 +443,13 @@ def load_network(path, num_classes, arch=None):
     if found is None or (arch and arch != found):
         fail(f"{path} is a checkpoint of {found or 'an unknown arch'}: expected {arch or ' or '.join(models.ARCHS)}")
     net = models.build(found, num_classes)
-    if "fc.weight" in state and len(state["fc.weight"]) != num_classes:
+    if "fc.weight" in state and state["fc.weight"].dim() and len(state["fc.weight"]) != num_classes:
         fail(f"{path} was trained for {len(state['fc.weight'])} classes: the dataset has {num_classes}")
     try:
         net.load_state_dict(state)
     except RuntimeError as problem:
         fail(f"{path} does not fit {found}: {' '.join(str(problem).split())[:200]}")
+    net.source = path
     return net.eval()
 
 
@@ -371,13 +476,17 @@ def ebo(logits, features=None, ref=None):
 def knn(logits, features, ref, k=50, megabytes=256):
     """Minus the distance to the k-th nearest training feature, unit length (Sun et al., arXiv 2204.06507; k = 50).
 
-    Never holds more distances at once than `megabytes`.
+    Never holds more distances at once than `megabytes`. Measured from the bank's centre: from the origin all distances
+    of features that have collapsed to nearly one would cancel to the same float32 number.
     """
-    bank = F.normalize(ref["features"], dim=1)
+    bank = F.normalize(ref["features"].double(), dim=1)
+    centre = bank.mean(0)
+    bank, queries = (bank - centre).float(), (F.normalize(features.double(), dim=1) - centre).float()
+    half = bank.square().sum(1) / 2                                                  # |q - b|^2 = |q|^2 + 2 (half - qb)
     rows = max(1, megabytes * 2 ** 20 // (4 * len(bank)))
-    kth = [(chunk @ bank.T).topk(min(k, len(bank)), dim=1, sorted=False)[0].amin(1)  # nearest = largest cosine
-           for chunk in F.normalize(features, dim=1).split(rows)]
-    return -(2 - 2 * torch.cat(kth)).clamp_min(0).sqrt()
+    kth = [torch.addmm(half, chunk, bank.T, alpha=-1).topk(min(k, len(bank)), largest=False, sorted=False)[0].amax(1)
+           for chunk in queries.split(rows)]
+    return -(queries.square().sum(1) + 2 * torch.cat(kth)).clamp_min(0).sqrt()
 
 
 def fdbd(logits, features, ref):
@@ -465,11 +574,10 @@ def load_benchmark(dataset, data_root, folders=()):
     """
     yours = {}
     for folder in folders:
-        images, paths, bad = read_folder(folder)
-        print(f"{folder}: {len(paths)} images, {len(bad)} unreadable", file=sys.stderr, flush=True)
+        images, paths, _ = read_folder(folder, ID_SETS[dataset].get("size", SIZE))
         yours[os.path.abspath(folder)] = images, torch.full((len(paths),), -1)
     sets, missing = {"id": load(dataset, "test", data_root)}, []
-    for name in sum(GROUPS[dataset].values(), ()):
+    for name in sum(ID_SETS[dataset]["groups"].values(), ()):
         loaded = load(dataset, name, data_root)
         if loaded is not None:
             sets[name] = loaded
@@ -520,7 +628,7 @@ def evaluate(net, sets, dataset, device, scores, ref):
         by_set[score] = dict(zip(names, conf[score].split(sizes)))
         rows = {}
         for name in names[1:]:
-            group = next((g for g, members in GROUPS[dataset].items() if name in members), "yours")
+            group = next((g for g, members in ID_SETS[dataset]["groups"].items() if name in members), "yours")
             found = detection_metrics(by_set[score]["id"], by_set[score][name])
             rows[name] = {"group": group, "n": len(by_set[score][name]), **{k: float(v) for k, v in found.items()}}
         result = {}
@@ -542,6 +650,12 @@ def headline(results):
                                   for entry in (before, after))
             yield (f"{group + '-OOD':<9} {e1:6.2f} -> {m2:6.2f}   AUROC by ebo -> AUROC by micl; "
                    f"ebo alone {e1:.2f} -> {e2:.2f}, micl alone {m1:.2f} -> {m2:.2f}")
+
+
+def title(name, names):
+    """A set's name as a heading: the last part of a user's folder, all of it where another set ends in that too."""
+    last = [Path(one).name for one in names]
+    return name if last.count(Path(name).name) > 1 else Path(name).name or name
 
 
 RUN_WORDS = ("--seed", "--out", "--data-root", "--device", "--ce", "--teacher")  # of a run, not of a row
@@ -587,8 +701,10 @@ def tables(runs, scores):
                      if group in entries[0]["scores"][score] else "" for group in ("near", "far")
                      for metric in ("auroc", "fpr95")]
             yield "| " + " | ".join(map(str, [*start, score, *means])) + " |"
+    if not sets:  # a folder of classes without --ood
+        return
     yield ""
-    yield "| AUROC | score | " + " | ".join(f"{Path(name).name or name} ({n})" for name, n in sets.items()) + " |"
+    yield "| AUROC | score | " + " | ".join(f"{title(name, sets)} ({n})" for name, n in sets.items()) + " |"
     yield "|---" * (2 + len(sets)) + "|"
     for name, row in rows.items():
         for score in scores:
@@ -631,7 +747,7 @@ def plot(path, columns, tpr):
         for axis, (title, conf) in zip(row, columns.items()):
             both = np.concatenate([conf["id"], conf[name]])
             bins = np.linspace(*np.quantile(both, [0.001, 0.999]), 60)
-            for one, label in (("id", "ID"), (name, Path(name).name)):
+            for one, label in (("id", "ID"), (name, title(name, names))):
                 axis.hist(conf[one].numpy(), bins, density=True, alpha=0.6, label=label)
             axis.axvline(threshold_at(conf["id"], tpr), color="black", linewidth=1)
             axis.set_title(f"{title}, AUROC {detection_metrics(conf['id'], conf[name])['auroc']:.1f}", fontsize=9)
@@ -640,6 +756,11 @@ def plot(path, columns, tpr):
     figure.tight_layout()
     figure.savefig(path, dpi=70)
     pyplot.close(figure)
+
+
+def describe(dataset):
+    """What results.json says of the ID set: its name, and the names of a folder's classes."""
+    return {"dataset": dataset, **({} if dataset in NAMED else {"classes": ID_SETS[dataset]["names"]})}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -656,6 +777,18 @@ def share(text):
     return value
 
 
+def finite(text):
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return float(text)
+
+
+def seed(text):
+    if abs(int(text)) >= 10 ** 17:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at most 17 digits")
+    return int(text)
+
+
 def positive(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
@@ -670,8 +803,21 @@ def check_device(name):
         fail(f"no device {name}: {str(problem).splitlines()[0]}")
 
 
-def check_data_root(args):
-    """Ends the program where --data-root is named and not there; the default `data` is made for downloads."""
+def add_data_options(parser):
+    """The options of every program that name the ID set; check_data reads them."""
+    parser.add_argument("--dataset", default="shapes", metavar="{" + ",".join(NAMED) + ",FOLDER}",
+                        help="the ID set; FOLDER holds your images as train/CLASS/..., and val/ and test/ if you like")
+    parser.add_argument("--size", type=int, choices=(32, 64, 128), default=SIZE,
+                        help="side of the images of a FOLDER, the same for every program (32)")
+    parser.add_argument("--data-root", help="folder in the OpenOOD v1.5 layout, or where torchvision downloads (data)")
+
+
+def check_data(args):
+    """The data root. Ends the program where --dataset, or --data-root if named, is not there; `data` is made later."""
+    if args.dataset in NAMED and args.size != SIZE:
+        fail(f"--size {args.size}: the images of {args.dataset} are {SIZE} wide: leave it out")
+    if args.dataset not in NAMED and not Path(args.dataset).is_dir():
+        fail(f"no dataset {args.dataset}: choose one of {', '.join(NAMED)}, or a folder that holds train/CLASS/...")
     if args.data_root is not None and not Path(args.data_root).is_dir():
         fail(f"no data root {args.data_root}: name a folder that holds images_classic/ and benchmark_imglist/")
     return args.data_root or "data"
@@ -681,8 +827,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("checkpoints", nargs="*", help="one or more files of weights, each a column of the result")
-    parser.add_argument("--dataset", choices=CLASSES, default="shapes", help="the ID set")
-    parser.add_argument("--data-root", help="folder in the OpenOOD v1.5 layout, or where torchvision downloads (data)")
+    add_data_options(parser)
     parser.add_argument("--score", choices=[*SCORES, "all"], default="all")
     parser.add_argument("--ood", nargs="+", default=[], metavar="FOLDER", help="folders of your own OOD images")
     parser.add_argument("--flag", metavar="FOLDER",
@@ -702,16 +847,16 @@ def main():
     if not args.checkpoints:
         fail("no checkpoints: name one or more files of weights, or runs with --collect")
     check_device(args.device)
-    data_root = check_data_root(args)
-    nets, critics = {}, {}
+    data_root = check_data(args)
+    classes, nets, critics = id_set(args)["classes"], {}, {}
     for path in args.checkpoints:
         name = Path(path).stem if Path(path).stem not in nets else str(path)
-        nets[name] = load_network(path, CLASSES[args.dataset])
+        nets[name] = load_network(path, classes)
         critics[name] = load_critic(path, nets[name].fc.in_features)
     scores = list(SCORES) if args.score == "all" else [args.score]
     lists = Path(data_root) / "benchmark_imglist"
     train_list = lists / args.dataset / f"train_{args.dataset}.txt"
-    if args.score == "all" and args.dataset != "shapes" and lists.is_dir() and not train_list.is_file():
+    if args.score == "all" and args.dataset in NAMED[1:] and lists.is_dir() and not train_list.is_file():
         known = () if None in critics.values() else NEED_MEAN
         scores = [score for score in SCORES if score not in NEED_TRAINING_SET or score in known]
         print(f"no training images of {args.dataset}: {', '.join(set(SCORES) - set(scores))} left out", file=sys.stderr)
@@ -730,9 +875,9 @@ def main():
     start = time.perf_counter()
     sets, missing = load_benchmark(args.dataset, data_root, args.ood)
     if len(sets) == 1:
-        fail(f"no OOD set in {data_root}: nothing to detect ({', '.join(missing)} are missing); name "
-             "folders with --ood")
-    results = {"dataset": args.dataset, "command": shlex.join(["evaluate.py", *sys.argv[1:]]), "device": args.device,
+        fail(f"no OOD set for {args.dataset}: nothing to detect ({', '.join(missing) or 'none'} missing); name folders "
+             "with --ood")
+    results = {**describe(args.dataset), "command": shlex.join(["evaluate.py", *sys.argv[1:]]), "device": args.device,
                "versions": VERSIONS, "missing": missing, "models": {}}
     columns = {}
     for name, net in nets.items():
@@ -757,7 +902,7 @@ def train_images(scores, critic, args, data_root):
 def flag(net, critic, score, args, data_root):
     """Prints a CSV: path, score and verdict of each image of a folder, and MICL's probability if there is a critic."""
     p_id = critic.probability if critic and score == "micl" else None
-    images, paths, bad = read_folder(args.flag)
+    images, paths, bad = read_folder(args.flag, args.size)
     ref = reference(net, args.dataset, train_images([score], critic, args, data_root), args.device, critic)
     of_val, conf = (confidences(net, of, args.dataset, args.device, [score], ref)[0][score]
                     for of in (load(args.dataset, "val", data_root)[0], images))
@@ -769,7 +914,7 @@ def flag(net, critic, score, args, data_root):
         writer.writerow([path, f"{value:.6f}", verdict, *([f"{p_id(value):.4f}"] if p_id else [])])
     for path in bad:
         writer.writerow([path, "", "unreadable", *([""] if p_id else [])])
-    print(f"threshold {threshold:.6f}; {len(paths)} images, {len(bad)} unreadable", file=sys.stderr)
+    print(f"threshold {threshold:.6f}: {args.threshold_tpr:.0%} of the ID images reach it", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,6 @@ class MICL(nn.Module):
         return (wrong * torch.where(is_id, 0.5 / n_id, 0.5 / n_outliers)).sum() - math.log(2)
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Two peers without real outliers, for README's table.
 

@@ -34,7 +34,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual network for 32x32 images: 3x3 stem without max-pool, four stages, mean pool, linear classifier.
+    """Residual network for images 32 to 128 wide: 3x3 stem without max-pool, four stages, mean pool, linear classifier.
 
     net(x) -> logits [B, C];  net(x, return_feature=True) -> (logits [B, C], features [B, D]), D = 8 * width.
     """
@@ -51,14 +51,14 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(widths[-1], num_classes)
 
     def lower(self, x):
-        """Images [B, 3, 32, 32] -> feature map of stage 2 [B, 2 * width, 16, 16]."""
-        x = F.relu(self.bn1(self.conv1(x)))  # [B, W, 32, 32]
-        return self.layer2(self.layer1(x))   # [B, 2W, 16, 16]
+        """Images [B, 3, S, S] -> feature map of stage 2 [B, 2 * width, S/2, S/2]."""
+        x = F.relu(self.bn1(self.conv1(x)))  # [B, W, S, S]
+        return self.layer2(self.layer1(x))   # [B, 2W, S/2, S/2]
 
     def upper(self, maps, return_maps=False):
-        """Stage-2 feature map [B, 2 * width, 16, 16] -> features [B, 8 * width], if asked with maps of stages 3, 4."""
-        third = self.layer3(maps)                 # [B, 4W, 8, 8]
-        fourth = self.layer4(third)               # [B, 8W, 4, 4]
+        """Stage-2 map [B, 2 * width, S/2, S/2] -> features [B, 8 * width], if asked with the maps of stages 3, 4."""
+        third = self.layer3(maps)                 # [B, 4W, S/4, S/4]
+        fourth = self.layer4(third)               # [B, 8W, S/8, S/8]
         features = fourth.float().mean((2, 3))    # [B, D]; float32: energies of bf16 features would tie
         return (features, (third, fourth)) if return_maps else features
 

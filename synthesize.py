@@ -274,13 +274,14 @@ def outlier_maps(maps, outliers, n, generator, kind="diffusion"):
 
 @torch.inference_mode()
 def stage2(net, images, dataset, device):
-    """Images uint8 [N, 3, 32, 32] -> batches of (stage-2 maps [B, C, 16, 16], features [B, D]), in eval mode."""
+    """Images uint8 [N, 3, S, S] -> batches of (stage-2 maps [B, C, S/2, S/2], features [B, D]), in eval mode."""
     import evaluate
     net.eval().to(device=device, memory_format=torch.channels_last)
     for batch in images.split(500):
         with models.autocast(device):
             maps = net.lower(evaluate.normalize(batch.to(device), dataset))
             features = net.upper(maps)
+        evaluate.check_outputs(net, features)
         yield maps.float(), features
 
 
@@ -329,15 +330,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = evaluate.fail
     parser.add_argument("checkpoint", help="weights of the network whose feature space is searched")
-    parser.add_argument("--dataset", choices=evaluate.CLASSES, default="shapes")
-    parser.add_argument("--data-root", help="folder in the OpenOOD v1.5 layout")
+    evaluate.add_data_options(parser)
     parser.add_argument("--out", default="outliers.pt", help="file for the outliers")
     parser.add_argument("--show", metavar="FILE.png", help="also draw the training images nearest to boundary outliers")
     parser.add_argument("--per-class", type=evaluate.positive, default=50, help="outliers of each kind per class")
-    parser.add_argument("--sigma", type=float, default=SIGMA, help="noise at 768 dimensions; see boundary_outliers")
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="weight of the condition when sampling")
+    parser.add_argument("--sigma", type=evaluate.finite, default=SIGMA,
+                        help="noise at 768 dimensions; see boundary_outliers")
+    parser.add_argument("--guidance", type=evaluate.finite, default=GUIDANCE,
+                        help="weight of the condition when sampling")
     parser.add_argument("--diffusion-steps", type=evaluate.positive, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=evaluate.seed, default=0)
     parser.add_argument("--device", default=evaluate.best_device())
     args = parser.parse_args()
     evaluate.check_device(args.device)
@@ -345,10 +347,11 @@ def main():
         evaluate.fail(f"{args.out} is there already: remove it, or name another file with --out")
     if args.show and Path(args.show).suffix.lower() not in (".png", ".jpg"):
         evaluate.fail(f"--show {args.show}: the file must end in .png or .jpg")
-    net = evaluate.load_network(args.checkpoint, evaluate.CLASSES[args.dataset])
-    images, labels = evaluate.load(args.dataset, "train", evaluate.check_data_root(args))
+    data_root = evaluate.check_data(args)
+    net = evaluate.load_network(args.checkpoint, evaluate.id_set(args)["classes"])
+    images, labels = evaluate.load(args.dataset, "train", data_root)
     if labels.bincount().eq(1).any():
-        evaluate.fail(f"a class of {args.dataset} in {args.data_root} has a single image, which has no nearest "
+        evaluate.fail(f"a class of {args.dataset} in {data_root} has a single image, which has no nearest "
                       "neighbour: add one")
     evaluate.make_folder(Path(args.out).parent)
     generator = torch.Generator().manual_seed(10 * args.seed + 2)  # train.py's: same options, same outliers

@@ -3,6 +3,7 @@
     python train.py                                                        # embedded images, no download, minutes
     python train.py --dataset cifar100 --data-root DIR                     # resnet18, 3 x 100 epochs: a GPU
     python train.py --dataset cifar100 --data-root DIR --arch resnet_small # 8 + 16 + 3 epochs: a laptop
+    python train.py --dataset FOLDER --ood FOLDER                          # your images, train/CLASS/... (README)
     torchrun --nproc_per_node=N train.py --dataset cifar100 --data-root DIR
 
 In the order in which things happen: a cross-entropy network (the baseline, the student's start); its teacher, trained
@@ -62,18 +63,18 @@ def build(arch, num_classes, seed):
 
 
 def augment(images, pad, g):
-    """uint8 [B, 3, 32, 32] -> the same shape: random crop after zero-padding by `pad`, random horizontal flip."""
-    b, device = len(images), images.device
+    """uint8 [B, 3, S, S] -> the same shape: random crop after zero-padding by `pad`, random horizontal flip."""
+    b, size, device = len(images), images.shape[-1], images.device
     top, left, flip = (torch.randint(high, (b, 1), generator=g).to(device) for high in (2 * pad + 1, 2 * pad + 1, 2))
-    span = torch.arange(32, device=device)
-    rows, cols = top + span, left + torch.where(flip == 1, 31 - span, span)                           # [B, 32] each
-    padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)                              # [B, 32 + 2 pad, 32 + 2 pad, 3]
-    cut = padded[torch.arange(b, device=device)[:, None, None], rows[:, :, None], cols[:, None, :]]   # [B, 32, 32, 3]
+    span = torch.arange(size, device=device)
+    rows, cols = top + span, left + torch.where(flip == 1, size - 1 - span, span)                     # [B, S] each
+    padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)                              # [B, S + 2 pad, S + 2 pad, 3]
+    cut = padded[torch.arange(b, device=device)[:, None, None], rows[:, :, None], cols[:, None, :]]   # [B, S, S, 3]
     return cut.permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a stage trains by: terms(x, y), a function of a batch, uint8 [B, 3, 32, 32] augmented and int64 [B] ->
+# What a stage trains by: terms(x, y), a function of a batch, uint8 [B, 3, S, S] augmented and int64 [B] ->
 # {term: scalar}, and the heads that are trained beside the network.
 
 
@@ -103,7 +104,7 @@ def oal_terms(student, teacher, outliers, images, labels, args, g):
         n = len(x)
         with models.autocast(args.device):
             x = evaluate.normalize(x, args.dataset)
-            maps = student.lower(x)                                                       # [B, C, 16, 16]
+            maps = student.lower(x)                                                       # [B, C, S/2, S/2]
             if outliers:
                 # Latents join the batch half-way, so that they share its batch-norm statistics: in a pass of their own
                 # they teach the network to recognise the statistics. Under torchrun a process takes its share of them.
@@ -195,7 +196,7 @@ def draw(outliers, n, args, g):
 def train(stage, net, heads, terms, weights, images, labels, args, g, keep=True):
     """Trains `net` and its heads in place for one stage, 'ce', 'teacher' or 'oal'; adds the time taken to args.seconds.
 
-    images uint8 [N, 3, 32, 32] and labels int64 [N] on args.device. The loss is the sum over weights {term: weight} of
+    images uint8 [N, 3, S, S] and labels int64 [N] on args.device. The loss is the sum over weights {term: weight} of
     what terms(x, y) returns. g: the stage's generator, which terms may share. With `keep`, saves checkpoint.pt after
     each epoch and starts from it where it holds this stage.
     """
@@ -305,7 +306,8 @@ def save_network(net, args, name):
 
 def load_weights(net, args, name):
     """Reads what save_network wrote: the same network in every process, whether trained here or in an earlier run."""
-    net.load_state_dict(torch.load(args.out / name, map_location="cpu", weights_only=True))
+    net.source = args.out / name
+    net.load_state_dict(torch.load(net.source, map_location="cpu", weights_only=True))
     return net.to(args.device, memory_format=torch.channels_last).eval()
 
 
@@ -336,8 +338,8 @@ def benchmark(args, images, labels, teacher):
     Each is timed in this one run, three times in turn after a warm-up, and the best counts. A ratio is the time of our
     step over the sum of its bare parts, measured beside it: 1.0 is a step with no overhead.
     """
-    n, classes, weights = (min(10, len(images) // args.batch) * args.batch, evaluate.CLASSES[args.dataset],
-                           weights_of(args))
+    n, classes = min(10, len(images) // args.batch) * args.batch, evaluate.ID_SETS[args.dataset]["classes"]
+    weights = weights_of(args)
     args = argparse.Namespace(**{**vars(args), "epochs": dict(ce=1, teacher=1, oal=1)})
     images, labels = images[:n].to(args.device), labels[:n].to(args.device)
     net, teacher = (one.to(args.device, memory_format=torch.channels_last).eval()
@@ -386,11 +388,11 @@ def benchmark(args, images, labels, teacher):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = evaluate.fail
-    parser.add_argument("--dataset", choices=evaluate.CLASSES, default="shapes", help="the ID set")
-    parser.add_argument("--data-root", help="folder in the OpenOOD v1.5 layout, or where torchvision downloads (data)")
+    evaluate.add_data_options(parser)
+    parser.add_argument("--ood", nargs="+", default=[], metavar="FOLDER", help="folders of your own OOD images")
     parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--arch", choices=models.ARCHS, help="resnet18 on CIFAR, resnet_tiny on shapes")
+    parser.add_argument("--seed", type=evaluate.seed, default=0)
+    parser.add_argument("--arch", choices=models.ARCHS, help="resnet_tiny on shapes, else resnet18")
     parser.add_argument("--epochs", type=evaluate.positive,
                         help="of each training stage, the teacher's too; default: the arch's own")
     parser.add_argument("--device", default=evaluate.best_device())
@@ -405,7 +407,8 @@ def parse_args():
     parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
                         help="noise: Gaussian noise in place of synthesised latents, to compare")
     for name in RECIPES["released"]:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="weight of the term; 0 leaves it out")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.finite,
+                            help="weight of the term; 0 leaves it out")
     args = parser.parse_args()
     args.arch = args.arch or ("resnet_tiny" if args.dataset == "shapes" else "resnet18")
     args.epochs = dict(ce=args.epochs, teacher=args.epochs, oal=args.epochs) if args.epochs else None
@@ -419,11 +422,12 @@ def parse_args():
     for name, value in {**TIERS[args.arch], **({} if args.peer else RECIPES[args.recipe])}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.options = {name: value for name, value in vars(args).items()
-                    if name not in ("data_root", "out", "device", "resume", "benchmark")}
+    args.data_root = evaluate.check_data(args)
+    args.options = {name: value for name, value in vars(args).items()  # those that decide what a student becomes
+                    if name not in ("data_root", "ood", "out", "device", "resume", "benchmark")
+                    and not (name == "size" and args.dataset in evaluate.NAMED)}
     args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
-    args.out = Path(args.out or f"runs/{args.dataset}")
-    args.data_root = evaluate.check_data_root(args)
+    args.out = Path(args.out or f"runs/{os.path.basename(os.path.abspath(args.dataset))}")
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.world > (1 if args.benchmark else args.batch // 4):
         evaluate.fail(f"{args.world} processes are too many: --benchmark takes 1, a batch of {args.batch} at most "
@@ -450,18 +454,21 @@ def main():
     if not args.benchmark and (saved and not args.resume or held and not saved):
         evaluate.fail(f"{args.out} holds another run's {', '.join(held) or 'checkpoint.pt'}: name another folder with "
                       "--out" + (", or go on with --resume" if saved else ""))
-    classes = evaluate.CLASSES[args.dataset]
 
     # Images, and everything else that a user can get wrong, before the first second of training.
+    classes = evaluate.id_set(args)["classes"]
     ce = evaluate.load_network(args.ce, classes, args.arch) if args.ce else build(args.arch, classes, args.seed)
     teacher = evaluate.load_network(args.teacher, classes) if args.teacher else None
     if args.rank:
         dist.barrier()  # the first process downloads and decodes, the others read what it has left
     images, labels = (tensor.to(args.device) for tensor in evaluate.load(args.dataset, "train", args.data_root))
-    if len(images) < args.batch or labels.bincount(minlength=classes).min() < 2:
-        evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs {args.batch} "
-                      "images, and 2 of each class")
-    sets, missing = evaluate.load_benchmark(args.dataset, args.data_root)
+    if labels.bincount(minlength=classes).min() < 2:
+        evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs 2 images of each "
+                      "class")
+    args.batch = min(args.batch, len(images))
+    for net in ([ce] if args.ce else []) + ([teacher] if args.teacher else []):
+        evaluate.outputs(net, images[:100], args.dataset, args.device)  # that they are finite
+    sets, missing = evaluate.load_benchmark(args.dataset, args.data_root, args.ood)
     if args.rank == 0:
         if missing:
             print(f"missing, and left out of the means: {', '.join(missing)}", flush=True)
@@ -536,7 +543,7 @@ def main():
         found[name], _ = evaluate.evaluate(net, sets, args.dataset, args.device, list(evaluate.SCORES), ref)
     seconds = {**args.seconds, "evaluate": time.perf_counter() - begun}
     seconds["total"] = sum(seconds.values())
-    results = {"dataset": args.dataset, "arch": args.arch, "seed": args.seed,
+    results = {**evaluate.describe(args.dataset), "arch": args.arch, "seed": args.seed,
                "command": shlex.join(["train.py", *sys.argv[1:]]), "device": args.device, "options": args.options,
                "versions": evaluate.VERSIONS, "seconds": seconds, "missing": missing, "models": found}
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
