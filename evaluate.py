@@ -381,21 +381,26 @@ def normalize(images, dataset):
 
 
 @torch.inference_mode()
-def outputs(net, images, dataset, device, batch_size=500):
-    """Images uint8 [N, 3, S, S] -> (logits [N, C], features [N, D]), float32 on the CPU, the network in eval mode.
+def stage2(net, images, dataset, device):
+    """Images uint8 [N, 3, S, S] -> batches of (stage-2 maps [B, C, S/2, S/2], features [B, D]), in eval mode.
 
-    Convolutions run in bf16 where models.autocast says so, pooling and classifier always in float32. Ends the program
-    where an output is not finite.
+    Convolutions run in bf16 where models.autocast says so, pooling always in float32.
     """
     net.eval().to(device=device, memory_format=torch.channels_last)
-    logits, features = [], []
-    for batch in images.split(batch_size):
+    for batch in images.split(500):
         with models.autocast(device):
-            out = net(normalize(batch.to(device), dataset), return_feature=True)
-        logits.append(out[0].cpu())
-        features.append(out[1].cpu())
-    logits, features = torch.cat(logits).float(), torch.cat(features).float()
-    check_outputs(net, logits, features)
+            maps = net.lower(normalize(batch.to(device), dataset))
+            features = net.upper(maps)
+        check_outputs(net, features)
+        yield maps, features
+
+
+@torch.inference_mode()
+def outputs(net, images, dataset, device):
+    """Images uint8 [N, 3, S, S] -> (logits [N, C], features [N, D]), float32, on the CPU; ends if not finite."""
+    features = [features for _, features in stage2(net, images, dataset, device)]
+    logits, features = torch.cat([net.classify(batch).cpu() for batch in features]), torch.cat(features).cpu()
+    check_outputs(net, logits)
     return logits, features
 
 
@@ -690,7 +695,7 @@ def tables(runs, scores):
         fail("the runs were measured on different OOD sets: make a table of each kind")
 
     def cell(values):
-        return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+        return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
     yield f"| `{' '.join(base)}` | runs | accuracy | score | near AUROC | near FPR95 | far AUROC | far FPR95 |"
     yield "|---" * 8 + "|"
@@ -736,7 +741,7 @@ def check_plot(path):
 
 
 def plot(path, columns, tpr):
-    """{title: {set: conf [N]}} -> a picture of histograms: a row per OOD set, ID beside it, the threshold, AUROC."""
+    """{heading: {set: conf [N]}} -> a picture of histograms: a row per OOD set, ID beside it, the threshold, AUROC."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -744,13 +749,13 @@ def plot(path, columns, tpr):
     figure, axes = pyplot.subplots(len(names), len(columns), squeeze=False,
                                    figsize=(3.2 * len(columns), 1.6 * len(names)))
     for row, name in zip(axes, names):
-        for axis, (title, conf) in zip(row, columns.items()):
+        for axis, (heading, conf) in zip(row, columns.items()):
             both = np.concatenate([conf["id"], conf[name]])
             bins = np.linspace(*np.quantile(both, [0.001, 0.999]), 60)
             for one, label in (("id", "ID"), (name, title(name, names))):
                 axis.hist(conf[one].numpy(), bins, density=True, alpha=0.6, label=label)
             axis.axvline(threshold_at(conf["id"], tpr), color="black", linewidth=1)
-            axis.set_title(f"{title}, AUROC {detection_metrics(conf['id'], conf[name])['auroc']:.1f}", fontsize=9)
+            axis.set_title(f"{heading}, AUROC {detection_metrics(conf['id'], conf[name])['auroc']:.1f}", fontsize=9)
             axis.set_yticks([])
             axis.legend(fontsize=7)
     figure.tight_layout()
@@ -767,32 +772,21 @@ def describe(dataset):
 # Command line.
 
 
-def share(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to 1")
-    return value
+def number(kind, low, high):
+    """An argparse type: a finite number of the kind, int or float, from low to high."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not a {'whole' if kind is int else 'finite'} number from "
+                                             f"{low} to {high}")
+        return value
+    return read
 
 
-def finite(text):
-    if not math.isfinite(float(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return float(text)
-
-
-def seed(text):
-    if abs(int(text)) >= 10 ** 17:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at most 17 digits")
-    return int(text)
-
-
-def positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
-    return int(text)
+POSITIVE, SEED, FINITE = number(int, 1, 10 ** 9), number(int, 0, 10 ** 17), number(float, -math.inf, math.inf)
 
 
 def check_device(name):
@@ -832,7 +826,7 @@ def main():
     parser.add_argument("--ood", nargs="+", default=[], metavar="FOLDER", help="folders of your own OOD images")
     parser.add_argument("--flag", metavar="FOLDER",
                         help="print path, score (micl for all) and verdict of each image, CSV")
-    parser.add_argument("--threshold-tpr", type=share, metavar="T", default=0.95,
+    parser.add_argument("--threshold-tpr", type=number(float, 1e-6, 1), metavar="T", default=0.95,
                         help="the threshold of --flag and --plot accepts this share of the ID images (0.95)")
     parser.add_argument("--plot", metavar="FILE.png", help="histograms of the score (ebo and micl for all)")
     parser.add_argument("--collect", nargs="+", metavar="RESULTS.json",

@@ -272,19 +272,6 @@ def outlier_maps(maps, outliers, n, generator, kind="diffusion"):
 # The whole stage: a trained network and its training images -> outliers.pt.
 
 
-@torch.inference_mode()
-def stage2(net, images, dataset, device):
-    """Images uint8 [N, 3, S, S] -> batches of (stage-2 maps [B, C, S/2, S/2], features [B, D]), in eval mode."""
-    import evaluate
-    net.eval().to(device=device, memory_format=torch.channels_last)
-    for batch in images.split(500):
-        with models.autocast(device):
-            maps = net.lower(evaluate.normalize(batch.to(device), dataset))
-            features = net.upper(maps)
-        evaluate.check_outputs(net, features)
-        yield maps.float(), features
-
-
 def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generator, device, sigma=SIGMA,
                guidance=GUIDANCE):
     """A trained network and its training set -> the tensors of outliers.pt, on the CPU.
@@ -293,11 +280,13 @@ def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generat
     mean, basis and scale are the codec of the latents. Latent i was drawn under the condition boundary[i]. The
     diffusion model takes diffusion_steps, or 20 passes over the images if fewer: beyond, it learns them by heart.
     """
+    import evaluate
     diffusion_steps = min(diffusion_steps, 20 * len(images) // BATCH)
     spread = torch.linspace(0, len(images) - 1, min(2000, len(images))).long()  # the lists are sorted by class
-    codec = fit_codec(torch.cat([maps for maps, _ in stage2(net, images[spread.to(images.device)], dataset, device)]))
+    some = images[spread.to(images.device)]
+    codec = fit_codec(torch.cat([maps for maps, _ in evaluate.stage2(net, some, dataset, device)]))
     pairs = [(encode(maps, codec), F.normalize(features, dim=1))
-             for maps, features in stage2(net, images, dataset, device)]
+             for maps, features in evaluate.stage2(net, images, dataset, device)]
     latents, features = (torch.cat(parts) for parts in zip(*pairs))                       # [N, L], [N, D]
     boundary, classes = boundary_outliers(features, labels.to(device), per_class, generator, sigma=sigma)
     print(f"synthesize: {len(boundary)} boundary outliers", flush=True)
@@ -333,13 +322,13 @@ def main():
     evaluate.add_data_options(parser)
     parser.add_argument("--out", default="outliers.pt", help="file for the outliers")
     parser.add_argument("--show", metavar="FILE.png", help="also draw the training images nearest to boundary outliers")
-    parser.add_argument("--per-class", type=evaluate.positive, default=50, help="outliers of each kind per class")
-    parser.add_argument("--sigma", type=evaluate.finite, default=SIGMA,
+    parser.add_argument("--per-class", type=evaluate.POSITIVE, default=50, help="outliers of each kind per class")
+    parser.add_argument("--sigma", type=evaluate.FINITE, default=SIGMA,
                         help="noise at 768 dimensions; see boundary_outliers")
-    parser.add_argument("--guidance", type=evaluate.finite, default=GUIDANCE,
+    parser.add_argument("--guidance", type=evaluate.FINITE, default=GUIDANCE,
                         help="weight of the condition when sampling")
-    parser.add_argument("--diffusion-steps", type=evaluate.positive, default=1000)
-    parser.add_argument("--seed", type=evaluate.seed, default=0)
+    parser.add_argument("--diffusion-steps", type=evaluate.POSITIVE, default=1000)
+    parser.add_argument("--seed", type=evaluate.SEED, default=0)
     parser.add_argument("--device", default=evaluate.best_device())
     args = parser.parse_args()
     evaluate.check_device(args.device)

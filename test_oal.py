@@ -432,7 +432,7 @@ def test_codec_is_fitted_to_all_classes(monkeypatch):
     def stage2(net, images, dataset, device):
         seen.append(images)
         raise KeyboardInterrupt
-    monkeypatch.setattr(synthesize, "stage2", stage2)
+    monkeypatch.setattr(evaluate, "stage2", stage2)
     with pytest.raises(KeyboardInterrupt):
         synthesize.synthesize(None, images, images[:, 0, 0, 0].long(), "shapes", 1, 10, rng(), "cpu")
     assert seen[0][:, 0, 0, 0].bincount().tolist() == [200] * 10
@@ -1056,8 +1056,8 @@ def test_every_ablation_changes_the_student(tiny, tmp_path, monkeypatch):
     assert [row[:2] for row in rows[:4]] == [["start: cross-entropy, resnet_tiny", "3"], ["no option", "3"],
                                              ["`--outliers noise`", "1"], ["`--w-kd 0`", "1"]]
     near = [load(run, "oal")["scores"]["ebo"]["near"]["auroc"] for run in ("default", "seed1", "seed2")]
-    assert rows[1][4] == f"{np.mean(near):.2f} ± {np.std(near, ddof=1):.2f}" and rows[1][3] == "ebo"
-    assert rows[2][6] == f"{load('3', 'oal')['scores']['ebo']['far']['auroc']:.2f}"
+    assert rows[1][4] == f"{np.mean(near):.1f} ± {np.std(near, ddof=1):.1f}" and rows[1][3] == "ebo"
+    assert rows[2][6] == f"{load('3', 'oal')['scores']['ebo']['far']['auroc']:.1f}"
 
 
 def test_a_step_of_the_student(monkeypatch):
@@ -1133,7 +1133,7 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
         assert train.ce_terms(net, args)[1](x, y)["ce"].device.type == "cuda"
         denoiser = synthesize.Denoiser(torch.zeros(5), torch.ones(5), 128).to("cuda")
         assert synthesize.ddim(denoiser, torch.zeros(6, 128), 5, rng()).device.type == "cpu"
-        maps, features = next(synthesize.stage2(net, images, "shapes", "cuda"))
+        maps, features = next(evaluate.stage2(net, images, "shapes", "cuda"))
         assert maps.device.type == features.device.type == synthesize.encode(maps, codec).device.type == "cuda"
         unit = torch.zeros(16, 128, device="cuda")
         assert synthesize.kth_distance(unit, unit, 3).device.type == "cuda"
@@ -1270,7 +1270,7 @@ def test_evaluate_on_a_users_images(tiny, tmp_path, monkeypatch, capsys):
 
 def test_your_own_classes(tiny, tmp_path, monkeypatch, capsys):
     """train.py on a folder of drawn PNGs with an OOD folder, then synthesize.py and --flag with what it left."""
-    monkeypatch.setitem(train.TIERS["resnet_tiny"], "epochs", dict(ce=1, teacher=1, oal=1))   # tiny restores them
+    train.TIERS["resnet_tiny"].update(batch=8, epochs=dict(ce=1, teacher=1, oal=1))            # tiny restores them
     photos = draw_classes(tmp_path / "photos", train_cat=30, train_dog=12, train_owl=5)
     draw_classes(tmp_path, strange=4, else_strange=3)
     data = "--dataset", photos, "--size", 64, "--device", "cpu"

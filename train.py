@@ -203,6 +203,7 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, keep=True)
     rank, world = args.rank, args.world
     epochs, rate = args.epochs[stage], args.oal_lr if stage == "oal" else CE["lr"] * args.batch / 128
     net.to(args.device, memory_format=torch.channels_last).train()
+    net.source = f"the network of stage {stage} in {args.out}"  # no longer that of the file it started from
     heads = torch.nn.ModuleDict(heads).to(args.device).train()
     groups = [{"params": list(net.parameters())}, *({"params": list(head.parameters()), **HEADS.get(name, {})}
                                                      for name, head in heads.items())]
@@ -344,7 +345,7 @@ def benchmark(args, images, labels, teacher):
     images, labels = images[:n].to(args.device), labels[:n].to(args.device)
     net, teacher = (one.to(args.device, memory_format=torch.channels_last).eval()
                     for one in (build(args.arch, classes, args.seed), teacher or build(args.arch, classes, args.seed)))
-    codec = synthesize.fit_codec(next(synthesize.stage2(net, images, args.dataset, args.device))[0])
+    codec = synthesize.fit_codec(next(evaluate.stage2(net, images, args.dataset, args.device))[0])
     outliers = {"boundary": torch.randn(classes * 2, net.fc.in_features, device=args.device),
                 "latent": torch.randn(classes * 2, len(codec["basis"]), device=args.device), **codec}
     taught, through = weights.keys() & {"kd", "feat"}, args.recipe == "oal" and "latent" in weights
@@ -391,9 +392,9 @@ def parse_args():
     evaluate.add_data_options(parser)
     parser.add_argument("--ood", nargs="+", default=[], metavar="FOLDER", help="folders of your own OOD images")
     parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
-    parser.add_argument("--seed", type=evaluate.seed, default=0)
+    parser.add_argument("--seed", type=evaluate.SEED, default=0)
     parser.add_argument("--arch", choices=models.ARCHS, help="resnet_tiny on shapes, else resnet18")
-    parser.add_argument("--epochs", type=evaluate.positive,
+    parser.add_argument("--epochs", type=evaluate.POSITIVE,
                         help="of each training stage, the teacher's too; default: the arch's own")
     parser.add_argument("--device", default=evaluate.best_device())
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -407,7 +408,7 @@ def parse_args():
     parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
                         help="noise: Gaussian noise in place of synthesised latents, to compare")
     for name in RECIPES["released"]:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.finite,
+        parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.FINITE,
                             help="weight of the term; 0 leaves it out")
     args = parser.parse_args()
     args.arch = args.arch or ("resnet_tiny" if args.dataset == "shapes" else "resnet18")
