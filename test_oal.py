@@ -572,7 +572,7 @@ def test_micl_ratio_and_bound_by_hand():
     by_hand = 0.5 * (math.log(1 + math.exp(-3 * -0.1)) + math.log(1 + math.exp(3 * 0.5))) - math.log(2)
     assert abs(critic(logits, features, torch.tensor([True, False])).item() - by_hand) < 1e-6
     three = critic(logits[[0, 1, 1, 1]], features[[0, 1, 1, 1]], torch.tensor([True, False, False, False]))
-    assert abs(three.item() - by_hand) < 1e-6                                        # both halves count alike, however many
+    assert abs(three.item() - by_hand) < 1e-6                                        # both halves count alike
     assert torch.allclose(critic.probability(torch.tensor([0.5, 1.0])), torch.tensor([0.5, 1 / (1 + math.exp(-1.5))]))
     assert critic.score(logits, torch.zeros(2, 2)).isfinite().all()                          # a feature at the centre
     assert losses.MICL(torch.zeros(2), 1e-9)(logits, features, torch.tensor([True, False])).abs() < 1e-6  # says nothing
