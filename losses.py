@@ -95,7 +95,7 @@ class MICL(nn.Module):
 
     @classmethod
     def start(cls, id_logits, id_features):
-        """ID logits [N, C] and features [N, D] -> critic: tau their 5 % quantile, and a two standard deviations = 2."""
+        """ID logits [N, C] and features [N, D] -> a critic; of their ratios tau is the 5 % quantile, 1 / a the std."""
         critic = cls(id_features.mean(0))
         ratio = critic.score(id_logits, id_features)
         return cls(critic.mean, 1 / ratio.std(), ratio.quantile(0.05))
