@@ -13,6 +13,7 @@ benchmark, command line.
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -53,6 +54,30 @@ def fail(message):
     """Ends the program as every mistake of a user does: one line on stderr, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def run(main):
+    """Runs a program's main(): what the system refuses, such as a full disk, ends it with one line and status 2."""
+    try:
+        main()
+    except OSError as problem:
+        fail(f"{problem.filename or 'output'}: {problem.strerror or problem}")
+
+
+def write(path, content):
+    """Writes text, or anything else by torch.save, whole or not at all: under a name of its own, flushed, renamed."""
+    path, data = Path(path), io.BytesIO()  # torch.save into a file of its own would make a full disk a RuntimeError
+    data.write(content.encode()) if isinstance(content, str) else torch.save(content, data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def make_folder(path):
@@ -804,6 +829,21 @@ def add_data_options(parser):
     parser.add_argument("--size", type=int, choices=(32, 64, 128), default=SIZE,
                         help="side of the images of a FOLDER, the same for every program (32)")
     parser.add_argument("--data-root", help="folder in the OpenOOD v1.5 layout, or where torchvision downloads (data)")
+
+
+def common_parser(doc):
+    """The options that all three programs have; check_common reads them."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    add_data_options(parser)
+    parser.add_argument("--device", default=best_device())
+    return parser
+
+
+def check_common(args):
+    """Ends the program where device, dataset or data root cannot be used."""
+    args.data_root = check_data(args)
+    check_device(args.device)
 
 
 def check_data(args):

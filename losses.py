@@ -38,12 +38,15 @@ class CLUB(nn.Module):
     """Contrastive log-ratio upper bound of the mutual information I(X; Y) in nats (Cheng et al., arXiv 2006.12013).
 
     q(y|x) = N(mean(x), diag(var(x))) with the log-variance in [-1, 1], as in the authors' code. The bound holds for
-    *dependent* pairs (x_i, y_i) and a q that has been fitted to them by maximising `log_likelihood`.
+    *dependent* pairs (x_i, y_i) and a q that has been fitted to them by maximising `log_likelihood`. The mean net has
+    layers of the widths x_dim, *deeper, hidden / 2, y_dim.
     """
 
-    def __init__(self, x_dim, y_dim, hidden):
+    def __init__(self, x_dim, y_dim, hidden, deeper=()):
         super().__init__()
-        self.mean = nn.Sequential(nn.Linear(x_dim, hidden // 2), nn.ReLU(), nn.Linear(hidden // 2, y_dim))
+        widths = [x_dim, *deeper, hidden // 2, y_dim]
+        layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+        self.mean = nn.Sequential(*layers[:-1])
         self.log_var = nn.Sequential(nn.Linear(x_dim, hidden // 2), nn.ReLU(), nn.Linear(hidden // 2, y_dim), nn.Tanh())
 
     def forward(self, x, y):

@@ -921,7 +921,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(evaluate, "SHAPES_SIZES", {"train": 300, "val": 60, "test": 80, "held_out": 60, "noise": 40,
                                                    "stripes": 40, "flat": 40, "gradient": 40, "blobs": 40})
     monkeypatch.setitem(train.TIERS, "resnet_tiny", dict(train.TIERS["resnet_tiny"], per_class=4, diffusion_steps=10,
-                                                         epochs=dict(ce=2, teacher=2, oal=2)))
+                                                         ce_epochs=2, teacher_epochs=2, oal_epochs=2))
 
     def go(out, *words):
         monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--device", "cpu", *map(str, words)])
@@ -1001,7 +1001,7 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
 
 def test_each_stage_has_epochs_of_its_own(tiny, tmp_path, capsys):
     """Those of the arch, or for all of them the command line's; the run ends with what it changed, in three lines."""
-    train.TIERS["resnet_tiny"].update(epochs=dict(ce=1, teacher=3, oal=2))                 # tiny restores them
+    train.TIERS["resnet_tiny"].update(ce_epochs=1, teacher_epochs=3, oal_epochs=2)                 # tiny restores them
     for words, expected in (((), (1, 3, 2)), (("--epochs", "1"), (1, 1, 1))):
         tiny(tmp_path / str(len(words)), *words)
         lines = capsys.readouterr().out.splitlines()
@@ -1147,7 +1147,7 @@ def test_resnet18_takes_three_steps_of_each_stage(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "SHAPES_SIZES", {"train": 48, "val": 8, "test": 8, "held_out": 8, "noise": 4,
                                                    "stripes": 4, "flat": 4, "gradient": 4, "blobs": 4})
     monkeypatch.setitem(train.TIERS, "resnet18", dict(train.TIERS["resnet18"], per_class=2, diffusion_steps=3, batch=16,
-                                                      epochs=dict(ce=1, teacher=1, oal=1)))
+                                                      ce_epochs=1, teacher_epochs=1, oal_epochs=1))
     monkeypatch.setattr(sys, "argv", [*"train.py --arch resnet18 --device cpu --out".split(), str(tmp_path / "a")])
     steps, step = [], torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(1) or step(self))
@@ -1272,7 +1272,7 @@ def test_evaluate_on_a_users_images(tiny, tmp_path, monkeypatch, capsys):
 
 def test_your_own_classes(tiny, tmp_path, monkeypatch, capsys):
     """train.py on a folder of drawn PNGs with an OOD folder, then synthesize.py and --flag with what it left."""
-    train.TIERS["resnet_tiny"].update(batch=8, epochs=dict(ce=1, teacher=1, oal=1))            # tiny restores them
+    train.TIERS["resnet_tiny"].update(batch=8, ce_epochs=1, teacher_epochs=1, oal_epochs=1)            # tiny restores them
     photos = draw_classes(tmp_path / "photos", train_cat=30, train_dog=12, train_owl=5)
     draw_classes(tmp_path, strange=4, else_strange=3)
     data = "--dataset", photos, "--size", 64, "--device", "cpu"

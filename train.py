@@ -12,15 +12,19 @@ outliers (losses.py); network and student measured side by side (evaluate.py). A
 trains without logit distillation. Without both distillations there is no teacher.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -32,21 +36,223 @@ import synthesize
 
 # OpenOOD v1.5's recipe for CIFAR; its rate is for a batch of 128 and is scaled with the batch.
 CE = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-# A recipe is an objective: cross-entropy plus these terms with these weights (losses.py). 'oal' is ours, 'released' has
-# the losses of the paper's code. An arch brings the size of a run: epochs of each stage; the student's learning rate;
-# the batch; padding of the random crop; outliers per class; steps of the diffusion model, at most.
+# What an arch brings: epochs of the three stages; the student's learning rate; the batch; padding of the random crop;
+# outliers per class; steps of the diffusion model, at most.
+TIERS = {"resnet18": dict(ce_epochs=100, teacher_epochs=100, oal_epochs=100, oal_lr=0.005, batch=128, crop=4,
+                          per_class=500, diffusion_steps=4000),
+         "resnet_small": dict(ce_epochs=8, teacher_epochs=16, oal_epochs=3, oal_lr=0.02, batch=128, crop=1,
+                              per_class=50, diffusion_steps=1000),
+         "resnet_tiny": dict(ce_epochs=9, teacher_epochs=7, oal_epochs=8, oal_lr=0.01, batch=64, crop=1,
+                             per_class=50, diffusion_steps=1000)}
+# The student's objective: cross-entropy plus these terms (losses.py) with these weights. 'oal' is ours; 'released' is
+# the paper's code, whose student's epochs and rate take the place of the arch's.
 RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_latent=1.0),
-           "released": dict(w_kd=4.0, w_feat=8.0, w_boundary=0.1, w_latent=0.2)}
+           "released": dict(w_kd=4.0, w_feat=8.0, w_boundary=0.1, w_latent=0.2, oal_lr=0.005, oal_epochs=100)}
+WEIGHTS = ("w_kd", "w_feat", "w_boundary", "w_latent")
 PEERS = {"vos": {"ce": 1.0, "vos": 0.1}, "logitnorm": {"logitnorm": 1.0}}
-TIERS = {"resnet18": dict(epochs=dict(ce=100, teacher=100, oal=100), oal_lr=0.005, batch=128, crop=4, per_class=500,
-                          diffusion_steps=4000),
-         "resnet_small": dict(epochs=dict(ce=8, teacher=16, oal=3), oal_lr=0.02, batch=128, crop=1, per_class=50,
-                              diffusion_steps=1000),
-         "resnet_tiny": dict(epochs=dict(ce=9, teacher=7, oal=8), oal_lr=0.01, batch=64, crop=1, per_class=50,
-                             diffusion_steps=1000)}
 # What the optimiser does otherwise for what is trained beside the student: as released, and MICL's a and tau.
 HEADS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(lr=1e-4),
          "critic": dict(weight_decay=0.0)}
+
+
+def main():
+    args = parse_args()
+    if args.world > 1:
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        # Hours, not the default ten minutes, for the first process to download, decode and draw while the others wait.
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=timedelta(hours=4))
+    if args.benchmark:
+        result = benchmark(args, *load_inputs(args)[:4])
+        print(json.dumps(result, indent=1))
+        evaluate.write(args.out / "benchmark.json", json.dumps(result, indent=1))
+        return
+    saved = claim(args)
+    try:
+        run(args, saved)
+    finally:  # without a checkpoint there is nothing to go on from: the folder is free again
+        if args.rank == 0 and not os.path.getsize(args.out / "checkpoint.pt"):
+            (args.out / "checkpoint.pt").unlink()
+            with contextlib.suppress(OSError):  # it holds something else
+                args.out.rmdir()
+
+
+def run(args, saved):
+    """The method, from the images to results.json; saved: what checkpoint.pt holds of an earlier attempt, or {}."""
+    ce, teacher, images, labels, sets, missing = load_inputs(args)
+    if saved and saved["images"] != args.digest:
+        evaluate.fail(f"{args.out} holds a run with other training images: bring them back, or name another folder "
+                      "with --out")
+    args.seconds = saved.get("seconds", args.seconds)
+
+    # 1. The cross-entropy network: the baseline, the student's start.
+    if not (args.out / "ce.pt").exists():  # else: a resumed run
+        if not args.ce:
+            train("ce", ce, *ce_terms(ce, args), {"ce": 1.0}, images, labels, args, generator(args.seed, "ce"))
+        save(ce.state_dict(), args, "ce.pt")
+    load_weights(ce, args, "ce.pt")
+
+    # 2. The teacher: what a second cycle of the same recipe, on the same images, makes of that network.
+    if not args.weights.keys() & {"kd", "feat"}:
+        teacher = None
+    elif not args.teacher:
+        teacher = load_weights(models.build(args.arch, ce.fc.out_features), args, "ce.pt")
+        if not (args.out / "teacher.pt").exists():
+            train("teacher", teacher, *ce_terms(teacher, args), {"ce": 1.0}, images, labels, args,
+                  generator(args.seed, "teacher"))
+            save(teacher.state_dict(), args, "teacher.pt")
+        load_weights(teacher, args, "teacher.pt")
+
+    # 3. Outliers, from the cross-entropy network's features.
+    outliers = None
+    if args.weights.keys() & {"boundary", "latent"}:
+        if not (args.out / "outliers.pt").exists():
+            begun = time.perf_counter()
+            found = synthesize.synthesize(ce, images, labels, args.dataset, args.per_class, args.diffusion_steps,
+                                          generator(args.seed, "synthesize"), args.device)
+            args.seconds["synthesize"] = time.perf_counter() - begun
+            save_checkpoint({"stage": "synthesize"}, args)
+            save(found, args, "outliers.pt")
+        outliers = torch.load(args.out / "outliers.pt", map_location=args.device, weights_only=True)
+
+    # 4. The student, which starts as the cross-entropy network.
+    student = models.build(args.arch, ce.fc.out_features)
+    if not (args.out / "student.pt").exists():
+        load_weights(student, args, "ce.pt")
+        heads, terms, g = make_student(student, teacher, outliers, images, labels, args)
+        val = evaluate.load(args.dataset, "val", args.data_root) if args.recipe == "released" else None
+        train("oal", student, heads, terms, args.weights, images, labels, args, g, val)
+        if "critic" in heads:  # its mean as it will be measured: of all training images, in test mode
+            mean = evaluate.outputs(student, images, args.dataset, args.device)[1].mean(0)
+            save({"mean": mean, "a": heads["critic"].log_a.exp().detach(), "tau": heads["critic"].tau.detach()}, args,
+                 "student.critic.pt")
+        save(student.state_dict(), args, "student.pt")
+    load_weights(student, args, "student.pt")
+
+    # 5. Both networks, side by side, in the first process.
+    if args.world > 1:
+        dist.destroy_process_group()
+    if args.rank:
+        return
+    begun = time.perf_counter()
+    found = {}
+    for name, net in (("ce", ce), ("oal", student)):
+        ref = evaluate.reference(net, args.dataset, images, args.device)
+        found[name], _ = evaluate.evaluate(net, sets, args.dataset, args.device, list(evaluate.SCORES), ref)
+    seconds = {**args.seconds, "evaluate": time.perf_counter() - begun}
+    seconds["total"] = sum(seconds.values())
+    results = {**evaluate.describe(args.dataset), "arch": args.arch, "seed": args.seed,
+               "command": shlex.join(["train.py", *sys.argv[1:]]), "device": args.device, "options": args.options,
+               "versions": evaluate.VERSIONS, "seconds": seconds, "missing": missing, "models": found}
+    evaluate.write(args.out / "results.json", json.dumps(results, indent=1))
+    print("\n".join([*evaluate.headline(results), "", *evaluate.tables([results], evaluate.SCORES)]))
+    print(f"written: {args.out / 'results.json'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run begins with.
+
+
+def parse_args():
+    parser = evaluate.common_parser(__doc__)
+    parser.add_argument("--ood", nargs="+", default=[], metavar="FOLDER", help="folders of your own OOD images")
+    parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
+    parser.add_argument("--seed", type=evaluate.SEED, default=0)
+    parser.add_argument("--arch", choices=models.ARCHS, help="resnet_tiny on shapes, else resnet18")
+    parser.add_argument("--epochs", type=evaluate.POSITIVE, help="of each of the three stages (the arch's own)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
+    parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
+    parser.add_argument("--teacher", metavar="FILE", help="distil from this network and train no teacher; one of the "
+                        "student's arch must have grown from --ce, since maps are matched unit by unit")
+    parser.add_argument("--recipe", choices=RECIPES, default="oal", help="the student's objective; released: the "
+                        "paper's code")
+    parser.add_argument("--peer", choices=PEERS, help="train the student by this method in place of OAL")
+    parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
+                        help="noise: Gaussian noise in place of synthesised latents, to compare")
+    for name in WEIGHTS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.FINITE,
+                            help="weight of the term; 0 leaves it out")
+    args = parser.parse_args()
+    evaluate.check_common(args)
+    args.arch = args.arch or ("resnet_tiny" if args.dataset == "shapes" else "resnet18")
+    args.ce_epochs = args.teacher_epochs = args.oal_epochs = args.epochs
+    given = [name for name in WEIGHTS if getattr(args, name) is not None]
+    if args.peer and (given or args.benchmark or args.recipe != "oal" or args.outliers != "diffusion"):
+        evaluate.fail("--peer is another objective than OAL's: leave out --recipe, --w-*, --outliers and --benchmark")
+    if args.recipe == "oal" and "w_boundary" in given:
+        evaluate.fail("--w-boundary is a weight of --recipe released: add that, or leave it out")
+    if args.recipe == "released" and args.outliers == "noise":
+        evaluate.fail("--outliers noise is not for --recipe released, which never sends outliers through the network")
+    for name, value in {**TIERS[args.arch], **({} if args.peer else RECIPES[args.recipe])}.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.options = {name: value for name, value in vars(args).items()  # those that decide what a student becomes
+                    if name not in ("data_root", "ood", "out", "device", "resume", "benchmark", "epochs")
+                    and not (name == "size" and args.dataset in evaluate.NAMED)}
+    args.weights = PEERS[args.peer] if args.peer else {  # {term: weight}; a weight of 0 leaves its term out
+        "ce": 1.0, **{name.removeprefix("w_"): args.options[name] for name in WEIGHTS if args.options[name]}}
+    args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
+    args.out = Path(args.out or f"runs/{os.path.basename(os.path.abspath(args.dataset))}")
+    args.rank, args.world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    if args.world > (1 if args.benchmark else args.batch // 4):
+        evaluate.fail(f"{args.world} processes are too many: --benchmark takes 1, a batch of {args.batch} at most "
+                      f"{args.batch // 4}")
+    return args
+
+
+def claim(args):
+    """Takes the folder args.out for this run alone -> what its checkpoint.pt holds, {} for a new run.
+
+    checkpoint.pt is created here, empty, which one of several runs begun at once can do; a killed run leaves it for
+    --resume. Two that resume one run compute the same and replace its files by the same.
+    """
+    path = args.out / "checkpoint.pt"
+    held = [name for name in ("checkpoint.pt", "ce.pt", "teacher.pt", "outliers.pt", "student.critic.pt", "student.pt",
+                              "results.json") if (args.out / name).exists()]
+    if args.resume and path.exists():
+        saved = load_checkpoint(path)
+        before = saved.get("options", args.options)
+        other = [name for name in {**before, **args.options} if before.get(name, "-") != args.options.get(name, "-")]
+        if other:
+            evaluate.fail(f"{args.out} holds a run with other options ({', '.join(other)}): resume by the same command")
+        return saved
+    wait(args)  # until every process has looked
+    if not held and args.rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:  # of a run that began at the same moment
+            held = ["checkpoint.pt"]
+    if held:
+        evaluate.fail(f"{args.out} holds another run's {', '.join(held)}: name another folder with --out"
+                      + (", or go on with --resume" if "checkpoint.pt" in held else ""))
+    return {}
+
+
+def load_inputs(args):
+    """Everything a user can get wrong, before the first second of training -> (cross-entropy network, teacher or None,
+    images uint8 [N, 3, S, S], labels int64 [N] on args.device, test sets, names of the missing). Sets args.digest."""
+    if args.rank:
+        wait(args)  # the first process downloads and decodes, the others read what it has left
+    classes = evaluate.id_set(args)["classes"]
+    ce = evaluate.load_network(args.ce, classes, args.arch) if args.ce else build(args.arch, classes, args.seed)
+    teacher = evaluate.load_network(args.teacher, classes) if args.teacher else None
+    images, labels = evaluate.load(args.dataset, "train", args.data_root)
+    if labels.bincount(minlength=classes).min() < 2:
+        evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs 2 images of each "
+                      "class")
+    args.digest = zlib.crc32(labels.numpy().data, zlib.crc32(images.contiguous().numpy().data))
+    args.batch = min(args.batch, len(images))
+    for net in [ce] * bool(args.ce) + [teacher] * bool(teacher):
+        evaluate.outputs(net, images[:100], args.dataset, args.device)  # that they are finite
+    sets, missing = evaluate.load_benchmark(args.dataset, args.data_root, args.ood)
+    if args.rank == 0:
+        if missing:
+            print(f"missing, and left out of the means: {', '.join(missing)}", flush=True)
+        wait(args)
+    return ce, teacher, images.to(args.device), labels.to(args.device), sets, missing
 
 
 def generator(seed, stage):
@@ -79,20 +285,31 @@ def augment(images, pad, g):
 
 
 def ce_terms(net, args):
-    """Cross-entropy alone: the start and the teacher."""
+    """Cross-entropy alone: the start and the teacher -> (no heads, terms)."""
     def terms(x, y):
         with models.autocast(args.device):
             return {"ce": F.cross_entropy(net(evaluate.normalize(x, args.dataset)), y)}
     return {}, terms
 
 
+def make_student(student, teacher, outliers, images, labels, args):
+    """-> (heads, terms, generator) of the stage 'oal'; fresh heads depend on the seed alone.
+
+    teacher, outliers: None, or a frozen network and the tensors of outliers.pt on the device.
+    """
+    g = generator(args.seed, "oal")
+    make = peer_terms if args.peer else {"oal": oal_terms, "released": released_terms}[args.recipe]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(args.seed, "heads").initial_seed())
+        return *make(student, teacher, outliers, images, labels, args, g), g
+
+
 def oal_terms(student, teacher, outliers, images, labels, args, g):
     """OAL's objective: cross-entropy + 4 KD(logits) + 16 KD(maps) + 1 MICL by default -> (heads, terms).
 
-    Without a teacher no distillation, without outliers no MICL. teacher, outliers: None, or a frozen network and the
-    tensors of outliers.pt on the device.
+    Without a teacher no distillation, without outliers no MICL.
     """
-    heads, n_outliers = {}, args.batch // 4
+    heads = {}
     if outliers:  # about 5,000 images of all classes, by which the lists are sorted
         some = images[::max(1, len(images) // 5000)]
         heads["critic"] = losses.MICL.start(*evaluate.outputs(student, some, args.dataset, args.device))
@@ -108,8 +325,9 @@ def oal_terms(student, teacher, outliers, images, labels, args, g):
             if outliers:
                 # Latents join the batch half-way, so that they share its batch-norm statistics: in a pass of their own
                 # they teach the network to recognise the statistics. Under torchrun a process takes its share of them.
-                latents = synthesize.outlier_maps(maps, outliers, n_outliers, g, args.outliers)[args.rank::args.world]
-                maps = torch.cat([maps, latents.to(maps)]).contiguous(memory_format=torch.channels_last)
+                latents = synthesize.outlier_maps(maps, outliers, args.batch // 4, g, args.outliers)
+                latents = latents[args.rank::args.world].to(maps)                         # [M, C, S/2, S/2]
+                maps = torch.cat([maps, latents]).contiguous(memory_format=torch.channels_last)
             features, later = student.upper(maps, return_maps=True)                       # [B + M, D], two stages' maps
             logits = student.classify(features)                                           # [B + M, K]
             if teacher:
@@ -135,30 +353,30 @@ def oal_terms(student, teacher, outliers, images, labels, args, g):
 
 
 def released_terms(student, teacher, outliers, images, labels, args, g):
-    """The losses of the paper's code (HengGao12/OAL, openood/trainers/oal_trainer.py) -> (heads, terms).
+    """The losses of the paper's code (HengGao12/OAL, openood/trainers/oal_trainer.py) -> (heads, terms), in float32.
 
     Outliers are drawn without regard to the images, and both CLUBs share the network's optimiser, which moves q down
-    the bound.
+    the bound. The second has a deeper mean net (openood/losses/deep_mi_loss.py).
     """
     heads, dim = {}, student.fc.in_features
     if teacher:
         heads["projection"] = models.projection(teacher.fc.in_features, dim)
-    for kind in [kind for kind in ("boundary", "latent") if getattr(args, f"w_{kind}")]:
-        heads[kind] = losses.CLUB(outliers[kind].shape[1], dim, 512)
+    for kind, deeper in (("boundary", ()), ("latent", (32, 16))):
+        if kind in args.weights:
+            heads[kind] = losses.CLUB(outliers[kind].shape[1], dim, 512, deeper)
 
     def terms(x, y):
         x = evaluate.normalize(x, args.dataset)
-        with models.autocast(args.device):
-            logits, features = student(x, return_feature=True)                            # [B, K], [B, D]
-            if teacher:
-                with torch.no_grad():
-                    teacher_logits, teacher_features = teacher(x, return_feature=True)
+        logits, features = student(x, return_feature=True)                                # [B, K], [B, D]
         found = {"ce": F.cross_entropy(logits, y)}
         if teacher:
+            with torch.no_grad():
+                teacher_logits, teacher_features = teacher(x, return_feature=True)
             found["kd"] = losses.distill(logits, teacher_logits)
             found["feat"] = losses.distill(features, heads["projection"](teacher_features))
-        for kind in [kind for kind in ("boundary", "latent") if kind in heads]:
-            found[kind] = losses.micl_released(heads[kind], draw(outliers[kind], len(y), args, g), features)
+        for kind in [kind for kind in heads if kind in outliers]:
+            drawn = draw(outliers[kind], len(y), args, g, twice=False)                    # [B, O]
+            found[kind] = losses.micl_released(heads[kind], drawn, features)
         return found
 
     return heads, terms
@@ -178,93 +396,104 @@ def peer_terms(student, teacher, outliers, images, labels, args, g):
             logits = student(evaluate.normalize(x, args.dataset))
         if args.peer == "logitnorm":
             return {"logitnorm": losses.logit_norm(logits, y)}
-        outlier_logits = student.classify(draw(gaussian, len(y), args, g))
+        outlier_logits = student.classify(draw(gaussian, len(y), args, g, twice=True))
         return {"ce": F.cross_entropy(logits, y), "vos": heads["vos"](logits, outlier_logits)}
 
     return heads, terms
 
 
-def draw(outliers, n, args, g):
-    """n random rows of outliers [M, D]. A process takes its share of a whole batch's draws: so all stay in step."""
-    return outliers[torch.randint(len(outliers), (args.batch,), generator=g)[args.rank::args.world][:n]]
+def draw(outliers, n, args, g, twice):
+    """n random rows of outliers [M, D] -> [n, D]; not `twice`: none comes again before all have come.
+
+    A process takes its share of a whole batch's draws: so all stay in step.
+    """
+    m = len(outliers)
+    pick = (torch.randint(m, (args.batch,), generator=g) if twice else
+            torch.randperm(m, generator=g)[torch.arange(args.batch) % m])
+    return outliers[pick[args.rank::args.world][:n].to(outliers.device)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop.
 
 
-def train(stage, net, heads, terms, weights, images, labels, args, g, keep=True):
+def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, keep=True):
     """Trains `net` and its heads in place for one stage, 'ce', 'teacher' or 'oal'; adds the time taken to args.seconds.
 
     images uint8 [N, 3, S, S] and labels int64 [N] on args.device. The loss is the sum over weights {term: weight} of
-    what terms(x, y) returns. g: the stage's generator, which terms may share. With `keep`, saves checkpoint.pt after
-    each epoch and starts from it where it holds this stage.
+    what terms(x, y) returns. g: the stage's generator, which terms may share. With val (images, labels) the network
+    ends as that of its best epoch on them. With `keep` checkpoint.pt is saved after each epoch, and at the step where
+    SIGINT or SIGTERM comes, and a stage that it holds goes on from there.
     """
-    rank, world = args.rank, args.world
-    epochs, rate = args.epochs[stage], args.oal_lr if stage == "oal" else CE["lr"] * args.batch / 128
+    epochs, rate = getattr(args, f"{stage}_epochs"), args.oal_lr if stage == "oal" else CE["lr"] * args.batch / 128
     net.to(args.device, memory_format=torch.channels_last).train()
     net.source = f"the network of stage {stage} in {args.out}"  # no longer that of the file it started from
     heads = torch.nn.ModuleDict(heads).to(args.device).train()
     groups = [{"params": list(net.parameters())}, *({"params": list(head.parameters()), **HEADS.get(name, {})}
                                                      for name, head in heads.items())]
+    per_epoch = (len(images) - 2 * args.world) // args.batch + 1  # a rest too small for batch-norm is left out
+    steps, step, order, best = epochs * per_epoch, 0, None, {"accuracy": -1.0}
     optimizer = torch.optim.SGD(groups, **{**CE, "lr": rate})
-    trained = [p for group in groups for p in group["params"]]
-    base_rates = [group["lr"] for group in optimizer.param_groups]
-
-    steps, first_epoch = epochs * ((len(images) - 2 * world) // args.batch + 1), 0
-    state = dict(net=net, heads=heads, optimizer=optimizer)
-    saved = load_checkpoint(args) if keep else None
-    if saved and saved["stage"] == stage:
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
+    state = dict(net=net, heads=heads, optimizer=optimizer, schedule=schedule)
+    saved = load_checkpoint(args.out / "checkpoint.pt") if keep else {}
+    if saved.get("stage") == stage:
         for name, part in state.items():
             part.load_state_dict(saved[name])
         g.set_state(saved["generator"])
-        first_epoch = saved["epoch"]
+        step, order, best = saved["step"], saved["order"], saved["best"]
 
-    for epoch in range(first_epoch, epochs):
-        begun = said = time.perf_counter()
-        unread = []                                     # the terms of the last steps: reading them waits for the device
-        batches = torch.randperm(len(images), generator=g).split(args.batch)
-        if len(batches[-1]) < 2 * world:  # too few for batch-norm in every process
-            batches = batches[:-1]
-        for i, index in enumerate(batches):
-            step = epoch * len(batches) + i
-            for group, rate in zip(optimizer.param_groups, base_rates):
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            index = index.to(args.device)
-            x, y = augment(images[index], args.crop, g)[rank::world], labels[index][rank::world]
-            every = terms(x, y)
-            found = {name: every[name] for name in weights}  # a weight of 0 leaves its term out
-            loss = sum(weights[name] * value for name, value in found.items())
-            optimizer.zero_grad()
-            loss.backward()
-            if world > 1:
-                average_gradients(trained, world)
-            optimizer.step()
+    signals = []  # Under torchrun the processes would stop at different steps: there a signal ends all at once.
+    handlers = {number: signal.signal(number, lambda number, frame: signals.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM) if keep and args.world == 1}
+    begun, unread = time.perf_counter(), []  # terms of the last steps: to read them is to wait for the device
+    while step < steps:
+        i = step % per_epoch
+        if i == 0:
+            order = torch.randperm(len(images), generator=g)
+        index = order[i * args.batch:(i + 1) * args.batch].to(args.device)
+        x, y = augment(images[index], args.crop, g)[args.rank::args.world], labels[index][args.rank::args.world]
+        found = {name: value for name, value in terms(x, y).items() if name in weights}
+        loss = sum(weights[name] * value for name, value in found.items())
+        optimizer.zero_grad()
+        loss.backward()
+        if args.world > 1:  # every process holds a slice of the batch, and all step by the mean of their gradients
+            for p in (p for group in groups for p in group["params"] if p.grad is not None):
+                dist.all_reduce(p.grad)
+                p.grad /= args.world
+        optimizer.step()
+        schedule.step()
+        step += 1
 
-            unread.append(torch.stack([value.detach() for value in (*found.values(), loss)]))
-            if len(unread) == 50 or i + 1 == len(batches):
-                values = torch.stack(unread)                                                          # [<= 50, terms]
-                check_finite(stage, step + 1 - len(values), [*found, "sum"], values)
-                unread, now = [], time.perf_counter()
-                if rank == 0 and (now - said > 20 or i + 1 == len(batches)):
-                    said, speed = now, (i + 1) * args.batch / (now - begun)
-                    left = ((epochs - epoch) * len(batches) - i - 1) * args.batch / speed
-                    shown = "  ".join(f"{name} {value:.3f}" for name, value in zip(found, values.mean(0).tolist()))
-                    print(f"{stage}: epoch {epoch + 1}/{epochs}, step {i + 1}/{len(batches)}, {shown}, "
-                          f"{speed:.0f} images/s, {left:.0f} s left", flush=True)
-        args.seconds[stage] += time.perf_counter() - begun
-        if keep:
-            save({"stage": stage, "epoch": epoch + 1, "seconds": args.seconds, "options": args.options,
-                  "generator": g.get_state(), **{name: part.state_dict() for name, part in state.items()}},
-                 args, "checkpoint.pt")
-
-
-def average_gradients(parameters, world):
-    """Under torchrun: every process holds a slice of the batch, and all step by the mean of their gradients."""
-    for p in parameters:
-        if p.grad is not None:
-            dist.all_reduce(p.grad)
-            p.grad /= world
+        unread.append(torch.stack([value.detach() for value in (*found.values(), loss)]))
+        ends = i + 1 == per_epoch
+        if not (ends or signals or step % 100 == 0):
+            continue
+        values, elapsed = torch.stack(unread), time.perf_counter() - begun                # [<= 100, terms and sum]
+        check_finite(stage, step - len(values), [*found, "sum"], values)
+        args.seconds[stage] += elapsed
+        if args.rank == 0:
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in zip(found, values.mean(0).tolist()))
+            print(f"{stage}: epoch {(step - 1) // per_epoch + 1}/{epochs}, step {i + 1}/{per_epoch}, {shown}, "
+                  f"{len(values) * args.batch / elapsed:.0f} images/s, {(steps - step) * elapsed / len(values):.0f} s "
+                  "left", flush=True)
+        if ends and val:
+            predicted = evaluate.outputs(net, val[0], args.dataset, args.device)[0].argmax(1)
+            accuracy = (predicted == val[1]).double().mean().item()
+            if accuracy >= best["accuracy"]:
+                best = {"accuracy": accuracy, "net": {key: value.clone() for key, value in net.state_dict().items()}}
+            net.train()
+        if keep and (ends or signals):
+            save_checkpoint({"stage": stage, "step": step, "order": order, "best": best, "generator": g.get_state(),
+                             **{name: part.state_dict() for name, part in state.items()}}, args)
+        if signals:
+            print(f"stopped at {stage} step {step}: go on by the same command and --resume", file=sys.stderr)
+            raise SystemExit(128 + signals[0])
+        begun, unread = time.perf_counter(), []
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if val:
+        net.load_state_dict(best["net"])
 
 
 def check_finite(stage, first_step, names, values):
@@ -277,100 +506,84 @@ def check_finite(stage, first_step, names, values):
                       "try another --seed")
 
 
-def load_checkpoint(args):
-    """checkpoint.pt of the run in args.out, or None."""
-    path = args.out / "checkpoint.pt"
-    if not path.exists():
-        return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return saved if saved["options"] else None
-    except Exception:
-        evaluate.fail(f"{path} is not a checkpoint of this program: remove it, or name another folder with --out")
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of args.out, each written whole or not at all by the first process, which the others wait for.
 
 
-def save(state, args, name):
-    """Writes a file of args.out whole or not at all, by the first process alone; the others wait until it is there."""
-    if args.world > 1:
-        dist.barrier()  # none is still looking whether the file is there
-    if args.rank == 0:
-        torch.save(state, args.out / "partial")
-        (args.out / "partial").replace(args.out / name)
+def wait(args):
+    """Under torchrun, until every process has come here."""
     if args.world > 1:
         dist.barrier()
 
 
-def save_network(net, args, name):
-    """Writes a network's plain state_dict."""
-    save({key: value.cpu() for key, value in net.state_dict().items()}, args, name)
+def save(content, args, name):
+    """A dict, its tensors brought to the CPU: a network's state_dict, outliers, a checkpoint."""
+    wait(args)  # none is still looking whether the file is there
+    if args.rank == 0:
+        evaluate.write(args.out / name, {key: v.cpu() if torch.is_tensor(v) else v for key, v in content.items()})
+    wait(args)
+
+
+def save_checkpoint(state, args):
+    """What a resumed run goes on from, and what it must be the same in."""
+    save({"options": args.options, "images": args.digest, "seconds": args.seconds, **state}, args, "checkpoint.pt")
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote; {} where a run has claimed the folder and not come further."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True) if path.stat().st_size else {}
+        return saved if not saved or {"options", "images", "seconds", "stage"} <= saved.keys() else 1 / 0
+    except Exception:
+        evaluate.fail(f"{path} is not a checkpoint of this program: remove it, or name another folder with --out")
 
 
 def load_weights(net, args, name):
-    """Reads what save_network wrote: the same network in every process, whether trained here or in an earlier run."""
+    """A network from its saved state_dict: the same in every process, whether trained here or in an earlier run."""
     net.source = args.out / name
     net.load_state_dict(torch.load(net.source, map_location="cpu", weights_only=True))
     return net.to(args.device, memory_format=torch.channels_last).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The program.
+# Speed.
 
 
-def weights_of(args):
-    """The student's objective: {term: weight}, without the terms whose weight is 0."""
-    if args.peer:
-        return PEERS[args.peer]
-    weights = {name.removeprefix("w_"): getattr(args, name) for name in RECIPES[args.recipe]}
-    return {"ce": 1.0, **{name: weight for name, weight in weights.items() if weight}}
-
-
-def make_student(student, teacher, outliers, images, labels, args):
-    """-> (heads, terms, generator) of the stage 'oal'; fresh heads depend on the seed alone."""
-    g = generator(args.seed, "oal")
-    make = peer_terms if args.peer else {"oal": oal_terms, "released": released_terms}[args.recipe]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(args.seed, "heads").initial_seed())
-        return *make(student, teacher, outliers, images, labels, args, g), g
-
-
-def benchmark(args, images, labels, teacher):
+def benchmark(args, net, teacher, images, labels):
     """Images per second of the bare network, of each kind of step and of the test pass -> the dict of benchmark.json.
 
     Each is timed in this one run, three times in turn after a warm-up, and the best counts. A ratio is the time of our
-    step over the sum of its bare parts, measured beside it: 1.0 is a step with no overhead.
+    step over that of a bare step, measured beside it, which sends as much through the same networks: 1.0 is a step
+    with no overhead.
     """
-    n, classes = min(10, len(images) // args.batch) * args.batch, evaluate.ID_SETS[args.dataset]["classes"]
-    weights = weights_of(args)
-    args = argparse.Namespace(**{**vars(args), "epochs": dict(ce=1, teacher=1, oal=1)})
-    images, labels = images[:n].to(args.device), labels[:n].to(args.device)
+    n, args.ce_epochs, args.oal_epochs = min(10, len(images) // args.batch) * args.batch, 1, 1
+    images, labels = images[:n], labels[:n]
     net, teacher = (one.to(args.device, memory_format=torch.channels_last).eval()
-                    for one in (build(args.arch, classes, args.seed), teacher or build(args.arch, classes, args.seed)))
+                    for one in (net, teacher or build(args.arch, net.fc.out_features, args.seed)))
     codec = synthesize.fit_codec(next(evaluate.stage2(net, images, args.dataset, args.device))[0])
-    outliers = {"boundary": torch.randn(classes * 2, net.fc.in_features, device=args.device),
-                "latent": torch.randn(classes * 2, len(codec["basis"]), device=args.device), **codec}
-    taught, through = weights.keys() & {"kd", "feat"}, args.recipe == "oal" and "latent" in weights
-    heads, terms, g = make_student(net, teacher if taught else None, outliers if weights.keys() & {"boundary", "latent"}
-                                   else None, images, labels, args)
+    outliers = {"boundary": torch.randn(200, net.fc.in_features, device=args.device),
+                "latent": torch.randn(200, len(codec["basis"]), device=args.device), **codec}
+    heads, terms, g = make_student(net, teacher, outliers, images, labels, args)
     optimizer = torch.optim.SGD(net.parameters(), **CE)
-    x = evaluate.normalize(images[:args.batch], args.dataset)
+    x, y = evaluate.normalize(images[:args.batch], args.dataset), labels[:args.batch]
     maps = net.lower(x[:args.batch // 4]).detach()
 
-    def bare(forward, step=True):
+    def bare(*losses):
         for _ in range(n // args.batch):
             with models.autocast(args.device):
-                loss = forward()
+                loss = sum(loss() for loss in losses)
             if loss.requires_grad:
                 optimizer.zero_grad()
                 loss.backward()
-            if step:
                 optimizer.step()
 
-    parts = {"bare": lambda: bare(lambda: F.cross_entropy(net.train()(x), labels[:args.batch])),
-             "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).mean(), step=False),  # half of a network
-             "teacher_forward": lambda: torch.no_grad()(bare)(lambda: teacher(x), step=False),
+    ce, taught, outlying = (lambda: F.cross_entropy(net.train()(x), y), lambda: torch.no_grad()(teacher)(x).mean(),
+                            lambda: net.classify(net.upper(maps)).mean())  # a quarter of a batch, half of a network
+    parts = {"bare": lambda: bare(ce), "teacher_forward": lambda: bare(taught),
+             "bare_oal": lambda: bare(ce, taught, *[outlying] * (args.recipe == "oal")),
              "ce_step": lambda: train("ce", net, *ce_terms(net, args), {"ce": 1.0}, images, labels, args, g,
                                       keep=False),
-             "oal_step": lambda: train("oal", net, heads, terms, weights, images, labels, args, g, keep=False),
+             "oal_step": lambda: train("oal", net, heads, terms, args.weights, images, labels, args, g, keep=False),
              "test_pass": lambda: evaluate.outputs(net, images, args.dataset, args.device)}
     seconds = {name: [] for name in parts}
     for _ in range(4):
@@ -381,176 +594,9 @@ def benchmark(args, images, labels, teacher):
                 torch.accelerator.synchronize()
             seconds[name].append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
-    oal_parts = best["bare"] + best["teacher_forward"] * bool(taught) + best["outliers"] * through
-    return {"images_per_second": {name: n / best[name] for name in best if name != "outliers"},
-            "ratio": {"ce": best["ce_step"] / best["bare"], "oal": best["oal_step"] / oal_parts}}
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = evaluate.fail
-    evaluate.add_data_options(parser)
-    parser.add_argument("--ood", nargs="+", default=[], metavar="FOLDER", help="folders of your own OOD images")
-    parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
-    parser.add_argument("--seed", type=evaluate.SEED, default=0)
-    parser.add_argument("--arch", choices=models.ARCHS, help="resnet_tiny on shapes, else resnet18")
-    parser.add_argument("--epochs", type=evaluate.POSITIVE,
-                        help="of each training stage, the teacher's too; default: the arch's own")
-    parser.add_argument("--device", default=evaluate.best_device())
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
-    parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
-    parser.add_argument("--teacher", metavar="FILE", help="distil from this network and train no teacher; one of the "
-                        "student's arch must have grown from --ce, since maps are matched unit by unit")
-    parser.add_argument("--recipe", choices=RECIPES, default="oal",
-                        help="the student's objective; released: the paper's code")
-    parser.add_argument("--peer", choices=PEERS, help="train the student by this method in place of OAL")
-    parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
-                        help="noise: Gaussian noise in place of synthesised latents, to compare")
-    for name in RECIPES["released"]:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.FINITE,
-                            help="weight of the term; 0 leaves it out")
-    args = parser.parse_args()
-    args.arch = args.arch or ("resnet_tiny" if args.dataset == "shapes" else "resnet18")
-    args.epochs = dict(ce=args.epochs, teacher=args.epochs, oal=args.epochs) if args.epochs else None
-    given = [name for name in RECIPES["released"] if getattr(args, name) is not None]
-    if args.peer and (given or args.benchmark or args.recipe != "oal" or args.outliers != "diffusion"):
-        evaluate.fail("--peer is another objective than OAL's: leave out --recipe, --w-*, --outliers and --benchmark")
-    if args.recipe == "oal" and "w_boundary" in given:
-        evaluate.fail("--w-boundary is a weight of --recipe released: add that, or leave it out")
-    if args.recipe == "released" and args.outliers == "noise":
-        evaluate.fail("--outliers noise is not for --recipe released, which never sends outliers through the network")
-    for name, value in {**TIERS[args.arch], **({} if args.peer else RECIPES[args.recipe])}.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    args.data_root = evaluate.check_data(args)
-    args.options = {name: value for name, value in vars(args).items()  # those that decide what a student becomes
-                    if name not in ("data_root", "ood", "out", "device", "resume", "benchmark")
-                    and not (name == "size" and args.dataset in evaluate.NAMED)}
-    args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
-    args.out = Path(args.out or f"runs/{os.path.basename(os.path.abspath(args.dataset))}")
-    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.world > (1 if args.benchmark else args.batch // 4):
-        evaluate.fail(f"{args.world} processes are too many: --benchmark takes 1, a batch of {args.batch} at most "
-                      f"{args.batch // 4}")
-    evaluate.check_device(args.device)
-    return args
-
-
-def main():
-    args = parse_args()
-    if args.world > 1:
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        # Hours, not the default ten minutes, for the first process to download, decode and draw while the others wait.
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=timedelta(hours=4))
-    saved = load_checkpoint(args)
-    if saved and args.resume and saved["options"] != args.options:
-        other = [name for name in {**saved["options"], **args.options}
-                 if saved["options"].get(name, "absent") != args.options.get(name, "absent")]
-        evaluate.fail(f"{args.out} holds a run with other options ({', '.join(other)}): resume with the same command")
-    held = [name for name in ("ce.pt", "teacher.pt", "outliers.pt", "student.critic.pt", "student.pt",
-                              "results.json") if (args.out / name).exists()]
-    if not args.benchmark and (saved and not args.resume or held and not saved):
-        evaluate.fail(f"{args.out} holds another run's {', '.join(held) or 'checkpoint.pt'}: name another folder with "
-                      "--out" + (", or go on with --resume" if saved else ""))
-
-    # Images, and everything else that a user can get wrong, before the first second of training.
-    classes = evaluate.id_set(args)["classes"]
-    ce = evaluate.load_network(args.ce, classes, args.arch) if args.ce else build(args.arch, classes, args.seed)
-    teacher = evaluate.load_network(args.teacher, classes) if args.teacher else None
-    if args.rank:
-        dist.barrier()  # the first process downloads and decodes, the others read what it has left
-    images, labels = (tensor.to(args.device) for tensor in evaluate.load(args.dataset, "train", args.data_root))
-    if labels.bincount(minlength=classes).min() < 2:
-        evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs 2 images of each "
-                      "class")
-    args.batch = min(args.batch, len(images))
-    for net in ([ce] if args.ce else []) + ([teacher] if args.teacher else []):
-        evaluate.outputs(net, images[:100], args.dataset, args.device)  # that they are finite
-    sets, missing = evaluate.load_benchmark(args.dataset, args.data_root, args.ood)
-    if args.rank == 0:
-        if missing:
-            print(f"missing, and left out of the means: {', '.join(missing)}", flush=True)
-        if args.world > 1:
-            dist.barrier()
-    evaluate.make_folder(args.out)
-    if args.benchmark:
-        result = benchmark(args, images, labels, teacher)
-        print(json.dumps(result, indent=1))
-        (args.out / "benchmark.json").write_text(json.dumps(result, indent=1))
-        return
-    if saved:
-        args.seconds = saved["seconds"]
-    else:  # claims the folder
-        save({"stage": "start", "seconds": args.seconds, "options": args.options}, args, "checkpoint.pt")
-
-    # 1. The cross-entropy network: the baseline, the student's start.
-    if not (args.out / "ce.pt").exists():  # else: a resumed run
-        if not args.ce:
-            train("ce", ce, *ce_terms(ce, args), {"ce": 1.0}, images, labels, args, generator(args.seed, "ce"))
-        save_network(ce, args, "ce.pt")
-    load_weights(ce, args, "ce.pt")
-
-    # 2. The teacher: what a second cycle of the same recipe, on the same images, makes of that network.
-    weights = weights_of(args)
-    if not weights.keys() & {"kd", "feat"}:
-        teacher = None
-    elif teacher:
-        teacher.to(args.device, memory_format=torch.channels_last)
-    else:
-        teacher = load_weights(models.build(args.arch, classes), args, "ce.pt")
-        if not (args.out / "teacher.pt").exists():
-            train("teacher", teacher, *ce_terms(teacher, args), {"ce": 1.0}, images, labels, args,
-                  generator(args.seed, "teacher"))
-            save_network(teacher, args, "teacher.pt")
-        load_weights(teacher, args, "teacher.pt")
-
-    # 3. Outliers, from the cross-entropy network's features.
-    outliers = None
-    if weights.keys() & {"boundary", "latent"}:
-        if not (args.out / "outliers.pt").exists():
-            begun = time.perf_counter()
-            found = synthesize.synthesize(ce, images, labels, args.dataset, args.per_class, args.diffusion_steps,
-                                          generator(args.seed, "synthesize"), args.device)
-            args.seconds["synthesize"] = time.perf_counter() - begun
-            save({"stage": "synthesize", "seconds": args.seconds, "options": args.options}, args, "checkpoint.pt")
-            save(found, args, "outliers.pt")
-        outliers = torch.load(args.out / "outliers.pt", map_location=args.device, weights_only=True)
-
-    # 4. The student, which starts as the cross-entropy network.
-    student = models.build(args.arch, classes)
-    if not (args.out / "student.pt").exists():
-        load_weights(student, args, "ce.pt")
-        heads, terms, g = make_student(student, teacher, outliers, images, labels, args)
-        train("oal", student, heads, terms, weights, images, labels, args, g)
-        if "critic" in heads:  # its mean as it will be measured: of all training images, in test mode
-            mean = evaluate.outputs(student, images, args.dataset, args.device)[1].mean(0)
-            a, tau = (value.detach().cpu() for value in (heads["critic"].log_a.exp(), heads["critic"].tau))
-            save({"mean": mean, "a": a, "tau": tau}, args, "student.critic.pt")
-        save_network(student, args, "student.pt")
-    load_weights(student, args, "student.pt")
-
-    # 5. Both networks, side by side, in the first process.
-    if args.world > 1:
-        dist.destroy_process_group()
-    if args.rank:
-        return
-    begun = time.perf_counter()
-    found = {}
-    for name, net in (("ce", ce), ("oal", student)):
-        ref = evaluate.reference(net, args.dataset, images, args.device)
-        found[name], _ = evaluate.evaluate(net, sets, args.dataset, args.device, list(evaluate.SCORES), ref)
-    seconds = {**args.seconds, "evaluate": time.perf_counter() - begun}
-    seconds["total"] = sum(seconds.values())
-    results = {**evaluate.describe(args.dataset), "arch": args.arch, "seed": args.seed,
-               "command": shlex.join(["train.py", *sys.argv[1:]]), "device": args.device, "options": args.options,
-               "versions": evaluate.VERSIONS, "seconds": seconds, "missing": missing, "models": found}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    print("\n".join([*evaluate.headline(results), "", *evaluate.tables([results], evaluate.SCORES)]))
-    print(f"written: {args.out / 'results.json'}")
+    return {"images_per_second": {name: n / best[name] for name in best if name != "bare_oal"},
+            "ratio": {"ce": best["ce_step"] / best["bare"], "oal": best["oal_step"] / best["bare_oal"]}}
 
 
 if __name__ == "__main__":
-    main()
+    evaluate.run(main)
