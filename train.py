@@ -374,7 +374,7 @@ def released_terms(student, teacher, outliers, images, labels, args, g):
                 teacher_logits, teacher_features = teacher(x, return_feature=True)
             found["kd"] = losses.distill(logits, teacher_logits)
             found["feat"] = losses.distill(features, heads["projection"](teacher_features))
-        for kind in [kind for kind in heads if kind in outliers]:
+        for kind in [kind for kind in ("boundary", "latent") if kind in heads]:
             drawn = draw(outliers[kind], len(y), args, g, twice=False)                    # [B, O]
             found[kind] = losses.micl_released(heads[kind], drawn, features)
         return found
