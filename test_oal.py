@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -950,17 +951,26 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
     first = contents(tmp_path / "a")
     assert_same(first, contents(tmp_path / "b"))
 
-    # Interrupted after the first epoch of each stage and after the last of all, as a killed process leaves it.
-    save, stops = train.save, [("ce", 1), ("teacher", 1), ("synthesize", None), ("oal", 1), ("oal", 2)]
-    def killed(state, args, name):
-        save(state, args, name)
-        if (state.get("stage"), state.get("epoch")) in stops:
-            stops.remove((state["stage"], state.get("epoch")))
-            raise KeyboardInterrupt
-    monkeypatch.setattr(train, "save", killed)
-    for words in ((), *4 * [("--resume",)]):
-        with pytest.raises(KeyboardInterrupt):
-            tiny(tmp_path / "c", *words)
+    # Interrupted after the first epoch of each stage and after the last of all, as a killed process leaves it, and by
+    # a signal in the middle of an epoch, whose step is finished.
+    save, stops = train.save_checkpoint, [("ce", 5), ("teacher", 5), ("synthesize", None), ("oal", 5), ("oal", 10)]
+    def killed(state, args):
+        save(state, args)
+        if (state["stage"], state.get("step")) in stops:
+            stops.remove((state["stage"], state.get("step")))
+            raise RuntimeError("killed")
+    monkeypatch.setattr(train, "save_checkpoint", killed)
+    augment, calls = train.augment, []
+    def signalled(*words):
+        calls.append(1)
+        if len(calls) in (2, 14):
+            signal.raise_signal(signal.SIGTERM if len(calls) == 2 else signal.SIGINT)
+        return augment(*words)
+    monkeypatch.setattr(train, "augment", signalled)
+    for i, status in enumerate((143, None, 130, None, None, None, None)):
+        with pytest.raises(SystemExit if status else RuntimeError) as stop:
+            tiny(tmp_path / "c", *["--resume"] * (i > 0))
+        assert not status or stop.value.code == status and "--resume" in capsys.readouterr().err
     tiny(tmp_path / "c", "--resume")
     assert not stops
     assert_same(first, contents(tmp_path / "c"))
@@ -1115,7 +1125,7 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
     monkeypatch.setattr(synthesize, "gaussian_outliers", lambda *words: torch.zeros(9, 128))  # of the CPU alone
     monkeypatch.setattr(evaluate, "check_outputs", lambda *words: None)                       # fake ones have no value
     args = argparse.Namespace(dataset="shapes", device="cuda", outliers="diffusion", rank=0, world=1, batch=8, crop=1,
-                              w_boundary=0.1, w_latent=0.2, per_class=1, seed=0)
+                              weights={"boundary": 0.1, "latent": 0.2}, per_class=1, seed=0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         net, teacher, wide = (models.build(one, 8).to("cuda") for one in ("resnet_tiny", "resnet_tiny", "resnet_small"))
         images = torch.zeros(16, 3, 32, 32, dtype=torch.uint8, device="cuda")
@@ -1272,7 +1282,7 @@ def test_evaluate_on_a_users_images(tiny, tmp_path, monkeypatch, capsys):
 
 def test_your_own_classes(tiny, tmp_path, monkeypatch, capsys):
     """train.py on a folder of drawn PNGs with an OOD folder, then synthesize.py and --flag with what it left."""
-    train.TIERS["resnet_tiny"].update(batch=8, ce_epochs=1, teacher_epochs=1, oal_epochs=1)            # tiny restores them
+    train.TIERS["resnet_tiny"].update(batch=8, ce_epochs=1, teacher_epochs=1, oal_epochs=1)  # tiny restores them
     photos = draw_classes(tmp_path / "photos", train_cat=30, train_dog=12, train_owl=5)
     draw_classes(tmp_path, strange=4, else_strange=3)
     data = "--dataset", photos, "--size", 64, "--device", "cpu"

@@ -84,7 +84,7 @@ def run(args, saved):
     if saved and saved["images"] != args.digest:
         evaluate.fail(f"{args.out} holds a run with other training images: bring them back, or name another folder "
                       "with --out")
-    args.seconds = saved.get("seconds", args.seconds)
+    args.seconds, given = saved.get("seconds", args.seconds), given_outliers(args, ce)
 
     # 1. The cross-entropy network: the baseline, the student's start.
     if not (args.out / "ce.pt").exists():  # else: a resumed run
@@ -105,15 +105,17 @@ def run(args, saved):
         load_weights(teacher, args, "teacher.pt")
 
     # 3. Outliers, from the cross-entropy network's features.
-    outliers = None
-    if args.weights.keys() & {"boundary", "latent"}:
+    outliers, needed = None, args.weights.keys() & {"boundary", "latent"}
+    if needed:
         if not (args.out / "outliers.pt").exists():
             begun = time.perf_counter()
-            found = synthesize.synthesize(ce, images, labels, args.dataset, args.per_class, args.diffusion_steps,
-                                          generator(args.seed, "synthesize"), args.device)
+            if not needed <= given.keys():
+                given = {**synthesize.synthesize(ce, images, labels, args.dataset, args.per_class,
+                                                 args.diffusion_steps, generator(args.seed, "synthesize"), args.device),
+                         **given}
             args.seconds["synthesize"] = time.perf_counter() - begun
             save_checkpoint({"stage": "synthesize"}, args)
-            save(found, args, "outliers.pt")
+            save(given, args, "outliers.pt")
         outliers = torch.load(args.out / "outliers.pt", map_location=args.device, weights_only=True)
 
     # 4. The student, which starts as the cross-entropy network.
@@ -169,8 +171,10 @@ def parse_args():
     parser.add_argument("--recipe", choices=RECIPES, default="oal", help="the student's objective; released: the "
                         "paper's code")
     parser.add_argument("--peer", choices=PEERS, help="train the student by this method in place of OAL")
-    parser.add_argument("--outliers", choices=("diffusion", "noise"), default="diffusion",
-                        help="noise: Gaussian noise in place of synthesised latents, to compare")
+    parser.add_argument("--outliers", default="diffusion", metavar="{diffusion,noise,FILE}", help="noise: Gaussian "
+                        "noise in place of latents, to compare; FILE: an outliers.pt that was made from the same --ce")
+    parser.add_argument("--boundary-file", metavar="FILE.npy", help="boundary outliers [C, n, D] as released")
+    parser.add_argument("--latent-file", metavar="FILE.pt", help="latents [N, 64, 64] or [100, 3, 64, 64] as released")
     for name in WEIGHTS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.FINITE,
                             help="weight of the term; 0 leaves it out")
@@ -181,8 +185,9 @@ def parse_args():
     given = [name for name in WEIGHTS if getattr(args, name) is not None]
     if args.peer and (given or args.benchmark or args.recipe != "oal" or args.outliers != "diffusion"):
         evaluate.fail("--peer is another objective than OAL's: leave out --recipe, --w-*, --outliers and --benchmark")
-    if args.recipe == "oal" and "w_boundary" in given:
-        evaluate.fail("--w-boundary is a weight of --recipe released: add that, or leave it out")
+    if args.recipe == "oal" and ("w_boundary" in given or args.boundary_file or args.latent_file):
+        evaluate.fail("--w-boundary, --boundary-file and --latent-file are for --recipe released: add that, or leave "
+                      "them out")
     if args.recipe == "released" and args.outliers == "noise":
         evaluate.fail("--outliers noise is not for --recipe released, which never sends outliers through the network")
     for name, value in {**TIERS[args.arch], **({} if args.peer else RECIPES[args.recipe])}.items():
@@ -253,6 +258,38 @@ def load_inputs(args):
             print(f"missing, and left out of the means: {', '.join(missing)}", flush=True)
         wait(args)
     return ce, teacher, images.to(args.device), labels.to(args.device), sets, missing
+
+
+def given_outliers(args, ce):
+    """What --outliers FILE, --boundary-file and --latent-file hold -> tensors of outliers.pt, {} without these options.
+
+    The last two are the authors' files, reduced as their trainer does it: boundary outliers [C, n, D] -> [C n, D];
+    latents [N, 64, 64] or [100, 3, 64, 64], the mean over channels taken when they were made -> mean over rows [N, 64].
+    """
+    def read(file, load, fits, what):
+        with contextlib.suppress(Exception):  # no such file, another format, other keys
+            content = load(file)
+            if fits(content):
+                return content
+        evaluate.fail(f"{file} does not hold {what}: name another file")
+
+    load = lambda file: torch.load(file, map_location="cpu", weights_only=True)
+    found, map_size = {}, 2 * len(ce.conv1.weight) * (evaluate.ID_SETS[args.dataset].get("size", 32) // 2) ** 2
+    if args.outliers not in ("diffusion", "noise"):
+        found = read(args.outliers, load, lambda o: len(o["mean"]) == map_size and o["boundary"].dim() == 2
+                     and len(o["latent"].T) == len(o["basis"]), "outliers made from a network of this shape")
+        if args.recipe == "released" and "released" in found:  # Stable Diffusion's, reduced for this recipe
+            found["latent"] = found["released"]
+    if args.boundary_file:
+        boundary = torch.from_numpy(read(args.boundary_file, np.load, lambda o: o.ndim == 3 and o.size > 0,
+                                         "boundary outliers [C, n, D]")).float()
+        found |= {"boundary": boundary.flatten(0, 1),
+                  "boundary_labels": torch.arange(len(boundary)).repeat_interleave(boundary.shape[1])}
+    if args.latent_file:
+        latent = read(args.latent_file, load, lambda o: o.shape[-2:] == (64, 64) and o.shape[1:-2] in ((), (3,)),
+                      "latents [N, 64, 64] or [100, 3, 64, 64]").float().flatten(0, -3).mean(1)
+        found |= {"latent": latent, "latent_labels": torch.full((len(latent),), -1)}
+    return found
 
 
 def generator(seed, stage):
