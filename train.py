@@ -71,7 +71,7 @@ def main():
     saved = claim(args)
     try:
         run(args, saved)
-    finally:  # without a checkpoint there is nothing to go on from: the folder is free again
+    finally:  # an empty checkpoint, of a run that has not got to its first file: the folder is free again
         if args.rank == 0 and not os.path.getsize(args.out / "checkpoint.pt"):
             (args.out / "checkpoint.pt").unlink()
             with contextlib.suppress(OSError):  # it holds something else
@@ -85,6 +85,8 @@ def run(args, saved):
         evaluate.fail(f"{args.out} holds a run with other training images: bring them back, or name another folder "
                       "with --out")
     args.seconds, given = saved.get("seconds", args.seconds), given_outliers(args, ce)
+    if not saved:
+        save_checkpoint({"stage": "start"}, args)
 
     # 1. The cross-entropy network: the baseline, the student's start.
     if not (args.out / "ce.pt").exists():  # else: a resumed run
@@ -214,8 +216,7 @@ def claim(args):
     --resume. Two that resume one run compute the same and replace its files by the same.
     """
     path = args.out / "checkpoint.pt"
-    held = [name for name in ("checkpoint.pt", "ce.pt", "teacher.pt", "outliers.pt", "student.critic.pt", "student.pt",
-                              "results.json") if (args.out / name).exists()]
+    held = sorted(path.name for kind in ("*.pt", "results.json") for path in args.out.glob(kind))
     if args.resume and path.exists():
         saved = load_checkpoint(path)
         before = saved.get("options", args.options)
