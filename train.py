@@ -294,8 +294,7 @@ def save(state, args, name):
     if args.world > 1:
         dist.barrier()  # none is still looking whether the file is there
     if args.rank == 0:
-        torch.save(state, args.out / "partial")
-        (args.out / "partial").replace(args.out / name)
+        evaluate.write(args.out / name, state)
     if args.world > 1:
         dist.barrier()
 
@@ -387,16 +386,13 @@ def benchmark(args, images, labels, teacher):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = evaluate.fail
-    evaluate.add_data_options(parser)
+    parser = evaluate.common_parser(__doc__)
     parser.add_argument("--ood", nargs="+", default=[], metavar="FOLDER", help="folders of your own OOD images")
     parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
     parser.add_argument("--seed", type=evaluate.SEED, default=0)
     parser.add_argument("--arch", choices=models.ARCHS, help="resnet_tiny on shapes, else resnet18")
     parser.add_argument("--epochs", type=evaluate.POSITIVE,
                         help="of each training stage, the teacher's too; default: the arch's own")
-    parser.add_argument("--device", default=evaluate.best_device())
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
@@ -423,7 +419,7 @@ def parse_args():
     for name, value in {**TIERS[args.arch], **({} if args.peer else RECIPES[args.recipe])}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.data_root = evaluate.check_data(args)
+    evaluate.check_common(args)
     args.options = {name: value for name, value in vars(args).items()  # those that decide what a student becomes
                     if name not in ("data_root", "ood", "out", "device", "resume", "benchmark")
                     and not (name == "size" and args.dataset in evaluate.NAMED)}
@@ -433,7 +429,6 @@ def parse_args():
     if args.world > (1 if args.benchmark else args.batch // 4):
         evaluate.fail(f"{args.world} processes are too many: --benchmark takes 1, a batch of {args.batch} at most "
                       f"{args.batch // 4}")
-    evaluate.check_device(args.device)
     return args
 
 
@@ -475,7 +470,7 @@ def main():
             print(f"missing, and left out of the means: {', '.join(missing)}", flush=True)
         if args.world > 1:
             dist.barrier()
-    evaluate.make_folder(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.benchmark:
         result = benchmark(args, images, labels, teacher)
         print(json.dumps(result, indent=1))
@@ -547,10 +542,10 @@ def main():
     results = {**evaluate.describe(args.dataset), "arch": args.arch, "seed": args.seed,
                "command": shlex.join(["train.py", *sys.argv[1:]]), "device": args.device, "options": args.options,
                "versions": evaluate.VERSIONS, "seconds": seconds, "missing": missing, "models": found}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    evaluate.write(args.out / "results.json", json.dumps(results, indent=1))
     print("\n".join([*evaluate.headline(results), "", *evaluate.tables([results], evaluate.SCORES)]))
     print(f"written: {args.out / 'results.json'}")
 
 
 if __name__ == "__main__":
-    main()
+    evaluate.run(main)
