@@ -47,7 +47,6 @@ ID_SETS = {"shapes": dict(classes=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25
                             groups={"near": ("cifar10", "tin"), "far": CIFAR_FAR})}
 NAMED = tuple(ID_SETS)
 VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
-NOT_IN_BENCHMARK = ("scenes",)  # measured where a list names it, not reported as missing where none does
 
 
 def fail(message):
@@ -155,8 +154,7 @@ def read_list(list_path, image_root, cache_path):
     print(f"decoding the {len(paths)} images of {list_path.name}, once", file=sys.stderr)
     good, bad = decode(paths)
     for path, reason in bad.items():
-        fail(f"{len(bad)} of the {len(paths)} images of {list_path} cannot be read, the first is {path} ({reason}): "
-             "fetch them again, or correct the list")
+        fail(f"{len(bad)} of the {len(paths)} images of {list_path} cannot be read, the first is {path} ({reason})")
     images = torch.stack([image for _, image in good])
     try:
         write(cache_path, {"key": key, "crc": zlib.crc32(images.numpy().data), "images": images, "labels": labels})
@@ -166,11 +164,8 @@ def read_list(list_path, image_root, cache_path):
 
 
 def from_torchvision(name, split, root):
-    """The set `name` as torchvision downloads it into root -> (images, labels), or None where that fails.
-
-    Of CIFAR as the ID set its `split`; of CIFAR's test images 1,000 to choose by and 9,000 to report, as in OpenOOD.
-    """
-    parts = {"train": slice(None), "val": slice(1000), "test": slice(1000, None)}
+    """The set `name` as torchvision downloads it into root -> (images, labels), or None where that fails."""
+    parts = {"train": slice(None), "val": slice(1000), "test": slice(1000, None)}  # of an ID set, as OpenOOD has them
     try:
         if name in ("cifar10", "cifar100"):
             source = getattr(datasets, name.upper())(root, split == "train", download=True)
@@ -210,8 +205,7 @@ def load(dataset, split, data_root=None):
     elif list_path.is_file():
         loaded = read_list(list_path, root / "images_classic", root / "oal_cache" / dataset / f"{name}.pt")
     if is_id and loaded is None:
-        fail(f"no images of {list_path}, and none from torchvision: put images_classic/ and benchmark_imglist/ of "
-             f"OpenOOD v1.5 into {root}, or try again without them and with a network")
+        fail(f"no images of {list_path}: put images_classic/ and benchmark_imglist/ of OpenOOD v1.5 into {root}")
     if is_id and not 0 <= int(loaded[1].min()) <= int(loaded[1].max()) < ID_SETS[dataset]["classes"]:
         fail(f"{list_path} holds labels outside 0..{ID_SETS[dataset]['classes'] - 1}: it is not a list of {dataset}")
     return loaded
@@ -319,8 +313,7 @@ def draw_set(split):
     """An embedded set -> (images uint8 [N, 3, 32, 32], labels int64 [N]), the same on every machine and for every seed.
 
     ID classes: 4 shapes x 2 textures (plain, checked), any colour, place, size and turn, on a background gradient with
-    clutter and noise. 'held_out' (near-OOD): 4 other shapes drawn the same way. Far-OOD: 'noise', 'stripes', 'flat',
-    'gradient', 'blobs'. None for a split that does not exist.
+    clutter and noise. 'held_out' (near-OOD): 4 other shapes drawn the same way. None for a split that does not exist.
     """
     names = ("train", "val", "test", "held_out", "val_held_out", *ID_SETS["shapes"]["groups"]["far"])
     if split not in names:
@@ -333,16 +326,13 @@ def draw_set(split):
     along, across = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()  # [N, H, W], turned axes
     first = torch.rand(n, 3, 1, 1, generator=g)                                       # two colours per image, apart
     second = (first + 0.3 + 0.4 * torch.rand(n, 3, 1, 1, generator=g)) % 1            # by 0.3 or more in each channel
-    if split == "noise":
-        images = torch.rand(n, 3, SIZE, SIZE, generator=g)
-    elif split == "stripes":
-        images = torch.where(((along * uniform(3, 12)).sin() > 0)[:, None], first, second)
-    elif split == "flat":
-        images = first.expand(n, 3, SIZE, SIZE)
-    elif split == "gradient":
-        images = torch.lerp(first, second, along[:, None] / 2 + 0.5)
-    elif split == "blobs":
-        images = F.interpolate(torch.rand(n, 3, 5, 5, generator=g), SIZE, mode="bicubic")
+    far = {"noise": lambda: torch.rand(n, 3, SIZE, SIZE, generator=g),
+           "stripes": lambda: torch.where(((along * uniform(3, 12)).sin() > 0)[:, None], first, second),
+           "flat": lambda: first.expand(n, 3, SIZE, SIZE),
+           "gradient": lambda: torch.lerp(first, second, along[:, None] / 2 + 0.5),
+           "blobs": lambda: F.interpolate(torch.rand(n, 3, 5, 5, generator=g), SIZE, mode="bicubic")}
+    if split in far:
+        images = far[split]()
     else:
         shapes = HELD_OUT_SHAPES if "held_out" in split else SHAPES
         labels = torch.randint(8, (n,), generator=g)
@@ -396,27 +386,22 @@ def outputs(net, images, dataset, device):
 
 
 def check_outputs(net, values):
-    """Ends the program where outputs [B, K] of the network, or the sums of their squares, are not finite: scores of
-    such are no verdict. Finite weights are no guarantee, as a negative variance shows."""
+    """Ends where outputs [B, K], or the sums of their squares, are not finite, as those of finite weights can be."""
     if not values.square().sum(1).isfinite().all():
-        fail(f"{getattr(net, 'source', 'the network')} gives outputs that are not finite: train it again with a lower "
-             "rate, or take another file")
-
-
-# What a pickled numpy scalar, such as an accuracy, is made of: its function, as numpy 1 and 2 name it, and types.
-NUMPY_SCALARS = [*((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-                 np.dtype, *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]}]
+        fail(f"{getattr(net, 'source', 'the network')} gives outputs that are not finite: train it at a lower rate")
 
 
 def load_network(path, num_classes, arch=None):
     """A checkpoint file -> the network, on the CPU in eval mode; ends the program if it is not one of num_classes.
 
-    Takes a state_dict, plain or the one dict of tensors in a dict, whatever its key; names that begin with 'module.',
-    'model.' or '_orig_mod.', and pytorch-cifar's 'linear.' for 'fc.'; numpy scalars beside the weights. The arch is
-    read from the width of the first convolution, and must be `arch` where that is given.
+    Takes a state_dict, plain or the one dict of tensors in a dict, whatever its key, with the names that wrappers and
+    pytorch-cifar give. The arch is read from the width of the first convolution, and must be `arch` where given.
     """
+    # What a pickled numpy scalar, such as an accuracy, is made of: its function, as numpy 1 and 2 name it, and types.
+    scalars = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    types = {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]}
     try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
+        with torch.serialization.safe_globals([*scalars, np.dtype, *types]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # a text file, a truncated archive, a pickle of anything but tensors
         if getattr(problem, "filename", None):
@@ -490,7 +475,6 @@ SCORES = {
     # Negative free energy (Liu et al., arXiv 2010.03759, equation 4, T = 1; the score of OAL's paper).
     "ebo": lambda logits, features, ref: logits.logsumexp(1),
     "knn": knn, "fdbd": fdbd, "micl": micl}
-NEED_MEAN = ("fdbd", "micl")  # of the training set no more than the mean feature, which a critic's file holds; knn: all
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -502,16 +486,13 @@ def detection_metrics(conf_id, conf_ood):
 
     conf_id [N], conf_ood [M]: tensors or arrays, higher = more in-distribution. Returns a dict: 'auroc'; 'aupr_in' and
     'aupr_out', trapezoidal areas with ID or OOD as the positive class; 'fpr95', the share of ID flagged once 95 % of
-    OOD is caught; 'fpr95_id', the share of OOD accepted once 95 % of ID is accepted. Equal confidences count as one
-    threshold, as in scikit-learn. Raises ValueError on an empty input or a NaN.
+    OOD is caught; 'fpr95_id', the share of OOD accepted once 95 % of ID is. Equal confidences count as one threshold.
     """
     conf_id, conf_ood = (torch.as_tensor(conf).detach().cpu().double().flatten().numpy()
                          for conf in (conf_id, conf_ood))
-    if not len(conf_id) or not len(conf_ood):
-        raise ValueError("detection_metrics needs at least one ID and one OOD confidence")
     conf = np.concatenate([conf_id, conf_ood])
-    if np.isnan(conf).any():
-        raise ValueError("detection_metrics: a confidence is NaN")
+    if not len(conf_id) or not len(conf_ood) or np.isnan(conf).any():
+        raise ValueError("detection_metrics: no ID or no OOD confidence, or one that is NaN")
     order = np.argsort(conf)
     conf, ood = conf[order], (order >= len(conf_id)).astype(np.float64)
     ends = np.flatnonzero(np.r_[conf[1:] != conf[:-1], True])         # one group per distinct confidence, ascending
@@ -552,31 +533,17 @@ def load_benchmark(dataset, data_root, folders=()):
     """Every test set -> ({'id': (images, labels), name or full path: (images, labels)}, names of missing OOD sets)."""
     sets = {"id": load(dataset, "test", data_root)}
     found = {name: load(dataset, name, data_root) for name in sum(ID_SETS[dataset]["groups"].values(), ())}
-    sets |= {name: loaded for name, loaded in found.items() if loaded}
+    sets |= {name: loaded for name, loaded in found.items() if loaded}  # scenes: not of the benchmark, never missing
     for folder in folders:
         images = read_folder(folder, ID_SETS[dataset].get("size", SIZE))[0]
         sets[os.path.abspath(folder)] = images, torch.full((len(images),), -1)
-    return sets, [name for name, loaded in found.items() if loaded is None and name not in NOT_IN_BENCHMARK]
+    return sets, [name for name, loaded in found.items() if loaded is None and name != "scenes"]
 
 
 def reference(net, dataset, images, device):
     """What scores may know of a network (see 'Scores'), from the training images."""
     features = outputs(net, images, dataset, device)[1]
     return {"weight": net.fc.weight.detach().cpu().float(), "features": features, "mean": features.mean(0)}
-
-
-def load_critic(net):
-    """The critic file beside a network's NAME.pt, NAME.critic.pt -> losses.MICL; None where there is none."""
-    path = Path(net.source).with_suffix(".critic.pt")
-    if not path.exists():
-        return None
-    try:
-        critic = losses.MICL(**torch.load(path, map_location="cpu", weights_only=True))
-        if critic.mean.shape == (net.fc.in_features,) and all(v.isfinite().all() for v in critic.state_dict().values()):
-            return critic
-    except Exception:  # a text file, a truncated archive, other tensors
-        pass
-    fail(f"{path} is not the critic of the weights beside it: remove it, and the score goes without a probability")
 
 
 def confidences(net, images, dataset, device, scores, ref):
@@ -589,8 +556,8 @@ def evaluate(net, sets, dataset, device, scores, ref):
     """One network on load_benchmark's sets and its reference() -> (entry of results.json, {score: {set: conf [N]}})."""
     names, sizes = list(sets), [len(images) for images, _ in sets.values()]
     conf, predicted = confidences(net, torch.cat([images for images, _ in sets.values()]), dataset, device, scores, ref)
-    correct = predicted[:sizes[0]] == sets["id"][1]
-    entry, by_set = {"id_acc": 100 * correct.double().mean().item(), "n_id": sizes[0], "scores": {}}, {}
+    accuracy = (predicted[:sizes[0]] == sets["id"][1]).double().mean().item()
+    entry, by_set = {"id_acc": 100 * accuracy, "n_id": sizes[0], "scores": {}}, {}
     group_of = {name: group for group, members in ID_SETS[dataset]["groups"].items() for name in members}
     for score in scores:
         by_set[score] = dict(zip(names, conf[score].split(sizes)))
@@ -625,18 +592,15 @@ def title(name, names):
     return name if last.count(Path(name).name) > 1 else Path(name).name or name
 
 
-# The words of a command that are of a run, not of a row.
-RUN_WORDS = r" --(resume|(seed|out|data-root|device|ce|teacher)[ =]('[^']*'|\S+))(?= |$)"
-
-
 def tables(runs, scores):
     """results.json dicts -> the lines of two Markdown tables, means with standard deviations (n - 1) over a row's runs.
 
-    A row is the student of one command, whatever its RUN_WORDS, under the words that not all commands begin with. The
+    A row is the student of one command, whatever words are of a run, under those that not all commands begin with. The
     cross-entropy networks from which students started, one a seed, are a row of their own; a network measured by
     evaluate.py has a row under its name.
     """
-    commands = [re.sub(RUN_WORDS, "", results["command"]).replace("=", " ").split() for results in runs]
+    of_a_run = r" --(resume|(seed|out|data-root|device|ce|teacher)[ =]('[^']*'|\S+))(?= |$)"
+    commands = [re.sub(of_a_run, "", results["command"]).replace("=", " ").split() for results in runs]
     base = os.path.commonprefix([words for words in commands if words[0] == "train.py"])
     rows = {}  # label -> {seed, or number of the run: entry of results.json's models}
     for i, (results, words) in enumerate(zip(runs, commands)):
@@ -681,24 +645,24 @@ def collect(paths):
     try:
         return tables([json.loads(Path(path).read_text()) for path in paths], ("ebo", "fdbd", "micl"))
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as problem:
-        fail(f"--collect: {', '.join(map(str, paths))} are not all results.json files of one benchmark "
-             f"({type(problem).__name__} {problem}): leave out those that are not")
+        fail(f"--collect {' '.join(map(str, paths))}: not results.json files of one benchmark ({problem})")
 
 
 def plot(path, columns, tpr):
     """{heading: {set: conf [N]}} -> a picture of histograms: a row per OOD set, ID beside it, the threshold, AUROC."""
     from matplotlib.figure import Figure
     names = [name for name in next(iter(columns.values())) if name != "id"]
+    readable = lambda text: text.encode(errors="replace").decode()  # a file name that is not UTF-8 cannot be drawn
     figure = Figure(figsize=(3.2 * len(columns), 1.6 * len(names)))
     axes = figure.subplots(len(names), len(columns), squeeze=False)
     for row, name in zip(axes, names):
         for axis, (heading, conf) in zip(row, columns.items()):
-            both = np.concatenate([conf["id"], conf[name]])
-            bins = np.linspace(*np.quantile(both, [0.001, 0.999]), 60)
-            for one, label in (("id", "ID"), (name, title(name, names))):
+            bins = np.linspace(*np.quantile(np.concatenate([conf["id"], conf[name]]), [0.001, 0.999]), 60)
+            for one, label in (("id", "ID"), (name, readable(title(name, names)))):
                 axis.hist(conf[one].numpy(), bins, density=True, alpha=0.6, label=label)
             axis.axvline(threshold_at(conf["id"], tpr), color="black", linewidth=1)
-            axis.set_title(f"{heading}, AUROC {detection_metrics(conf['id'], conf[name])['auroc']:.1f}", fontsize=9)
+            auroc = detection_metrics(conf["id"], conf[name])["auroc"]
+            axis.set_title(f"{readable(heading)}, AUROC {auroc:.1f}", fontsize=9)
             axis.set_yticks([])
             axis.legend(fontsize=7)
     figure.tight_layout()
@@ -736,8 +700,7 @@ def common_parser(doc):
     parser.error = fail
     parser.add_argument("--dataset", default="shapes", metavar="{" + ",".join(NAMED) + ",FOLDER}",
                         help="the ID set; FOLDER holds your images as train/CLASS/..., and val/ and test/ if you like")
-    parser.add_argument("--size", type=int, choices=(32, 64, 128), default=SIZE,
-                        help="side of the images of a FOLDER, the same for every program (32)")
+    parser.add_argument("--size", type=int, choices=(32, 64, 128), default=SIZE, help="side of a FOLDER's images (32)")
     parser.add_argument("--data-root", help="folder in the OpenOOD v1.5 layout, or where torchvision downloads (data)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
                         "mps" if torch.backends.mps.is_available() else "cpu")
@@ -795,8 +758,7 @@ def main():
     start, scores, columns = time.perf_counter(), list(SCORES) if args.score == "all" else [args.score], {}
     sets, missing = load_benchmark(args.dataset, args.data_root, args.ood)
     if len(sets) == 1:
-        fail(f"no OOD set for {args.dataset}: nothing to detect ({', '.join(missing) or 'none'} missing); name folders "
-             "with --ood")
+        fail(f"no OOD set for {args.dataset} ({', '.join(missing) or 'none'} missing): name folders with --ood")
     results = {**describe(args.dataset), "command": shlex.join(["evaluate.py", *sys.argv[1:]]), "device": args.device,
                "versions": VERSIONS, "missing": missing, "models": {}}
     for name, net in nets.items():
@@ -812,9 +774,21 @@ def main():
 
 
 def reference_and_critic(net, scores, args):
-    """-> (reference(), load_critic()). Where the scores need no more than the mean, the critic's spares the images."""
-    critic = load_critic(net)
-    if any(score == "knn" or score in NEED_MEAN and not critic for score in scores):
+    """-> (reference(), the critic of the file NAME.critic.pt beside the network's NAME.pt, or None if there is none).
+
+    Where the scores need no more than the mean of the training features, the critic's own spares the training images.
+    """
+    path, critic = Path(net.source).with_suffix(".critic.pt"), None
+    if path.exists():
+        try:
+            critic = losses.MICL(**torch.load(path, map_location="cpu", weights_only=True))
+            finite = all(value.isfinite().all() for value in critic.state_dict().values())
+            fits = finite and critic.mean.shape == (net.fc.in_features,)
+        except Exception:  # a text file, a truncated archive, other tensors
+            fits = False
+        if not fits:
+            fail(f"{path} is not the critic of the weights beside it: remove it, and there is no probability")
+    if any(score == "knn" or score in ("fdbd", "micl") and not critic for score in scores):
         return reference(net, args.dataset, load(args.dataset, "train", args.data_root)[0], args.device), critic
     return {"weight": net.fc.weight.detach().cpu().float(), "mean": critic and critic.mean}, critic
 

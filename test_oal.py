@@ -7,6 +7,7 @@ Numbers, not shapes alone: closed forms, brute-force twins, files as users have 
 import argparse
 import contextlib
 import csv
+import inspect
 import io
 import json
 import math
@@ -794,14 +795,16 @@ def ended(main, capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of Unix")
 def test_a_program_that_is_stopped_ends_quietly_or_in_one_line():
     """By signals, by a reader that has gone, by a full disk behind stdout; nothing fails again as Python ends."""
-    start = "import evaluate, os, signal, sys, time; evaluate.run(lambda: "
-    kill = start + "(print('begun', flush=True), os.kill(os.getpid(), signal.{}), time.sleep(60)))"
-    cases = [(kill.format("SIGTERM"), "", 143, ""), (kill.format("SIGINT"), "", 130, ""),
+    start = f"import os, signal, sys, time\n{inspect.getsource(evaluate.fail)}\n{inspect.getsource(evaluate.run)}\n"
+    start += "run(lambda: "                              # those two alone start in no time
+    kill = start + "(print('begun', flush=True), os.kill(os.getpid(), signal.SIGNAL), time.sleep(60)))"
+    cases = [(kill.replace("SIGNAL", "SIGTERM"), "", 143, ""), (kill.replace("SIGNAL", "SIGINT"), "", 130, ""),
              (start + "[print(i) for i in range(9999)])", "| head -1", 141, ""),
              (start + "[print(i, file=sys.stderr) for i in range(9999)])", "2>&1 | head -1", 141, ""),
              (start + "print('verdict'))", "> /dev/full", 2, "error: [Errno 28] No space left on device\n")]
     runs = [subprocess.Popen(["bash", "-c", f'"$0" -c "$1" {redirect}; exit ${{PIPESTATUS[0]}}', sys.executable, code],
-                             cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONUNBUFFERED": ""})
             for code, redirect, _, _ in cases]
     for run, (code, _, status, says) in zip(runs, cases):
         assert run.communicate(timeout=100)[1] == says and run.returncode == status, code
