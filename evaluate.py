@@ -11,7 +11,6 @@ confidence: higher = more in-distribution.
 import argparse
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -23,6 +22,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -97,16 +97,12 @@ def write(path, content):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Images: every set is a uint8 tensor [N, 3, S, S] and an int64 tensor of labels [N], -1 for OOD. S = 32, but for a
-# user's folder of classes with --size.
+# Images: every set is a uint8 tensor [N, 3, S, S], S = 32 but with --size, and an int64 tensor of labels, -1 for OOD.
 
 
 def to_tensor(image, size=SIZE):
-    """PIL image of any size and mode -> uint8 [3, size, size] by OpenOOD's test transform.
-
-    EXIF rotation is not applied, as in OpenOOD. 16-bit gray is scaled to 8 bits: PIL would clip it.
-    """
-    if image.mode.startswith("I"):
+    """PIL image of any size and mode -> uint8 [3, size, size] by OpenOOD's test transform: without EXIF rotation."""
+    if image.mode.startswith("I"):  # 16-bit gray, which PIL would clip
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     image = center_crop(resize(image.convert("RGB"), size), size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -122,7 +118,6 @@ def decode(paths, size=SIZE):
                 return to_tensor(image, size)
         except Exception as problem:  # a damaged file makes PIL raise any of a dozen types
             return f"{type(problem).__name__}: {problem}".splitlines()[0]
-
     with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's lock
         results = list(zip(map(str, paths), pool.map(read, paths)))
     return ([(path, result) for path, result in results if torch.is_tensor(result)],
@@ -132,8 +127,7 @@ def decode(paths, size=SIZE):
 def read_list(list_path, image_root, cache_path):
     """The images of one OpenOOD list (lines `path label`) -> (images, labels), decoded once, then read from the cache.
 
-    None if not one file of the list is there: a set that was not downloaded. The cache's key is a digest of the list
-    and the transform: a changed list, a truncated cache or one with altered images are all decoded anew.
+    None if not one file of the list is there. A changed list, a truncated cache or an altered one are decoded anew.
     """
     text = list_path.read_text("utf-8-sig", "replace")
     key = hashlib.sha256(f"RGB, Resize({SIZE}), CenterCrop({SIZE})\n{text}".encode()).hexdigest()
@@ -227,13 +221,12 @@ def read_folder(folder, size=SIZE):
     endings = datasets.folder.IMG_EXTENSIONS
     if not Path(folder).is_dir():
         fail(f"{folder} is not a folder: name one that holds images")
-    files = files_below(Path(folder))
-    paths = sorted(path for path in files if path.name.lower().endswith(endings) or path.is_dir())
+    seen = files_below(Path(folder))
+    paths = sorted(path for path in seen if path.name.lower().endswith(endings) or path.is_dir())
     good, bad = decode(paths, size)
     for path, reason in bad.items():
         print(f"unreadable: {path} ({reason})", file=sys.stderr)
-    others = len(files) - len(paths)
-    print(f"{folder}: {len(good)} images, {len(bad)} unreadable, {others} other files", file=sys.stderr)
+    print(f"{folder}: {len(good)} images, {len(bad)} unreadable, {len(seen) - len(paths)} other files", file=sys.stderr)
     if not good:
         fail(f"{folder} holds no image that can be read: its name must end in {' '.join(endings)}")
     return torch.stack([image for _, image in good]), [path for path, _ in good], bad
@@ -501,10 +494,8 @@ def detection_metrics(conf_id, conf_ood):
     kept, let_in = ((n[-1] - np.r_[0, n[:-1]])[::-1] for n in (flagged, caught))  # ID positive: from the highest down
     area = lambda true, false: np.trapezoid(np.r_[1, true / (true + false)], np.r_[0, true / true[-1]])
     return {"auroc": 100 * np.trapezoid(np.r_[0, caught], np.r_[0, flagged]) / caught[-1] / flagged[-1],
-            "aupr_in": 100 * area(kept, let_in),
-            "aupr_out": 100 * area(caught, flagged),
-            "fpr95": 100 * fpr_at_recall(caught, flagged, 0.95),
-            "fpr95_id": 100 * fpr_at_recall(kept, let_in, 0.95)}
+            "aupr_in": 100 * area(kept, let_in), "aupr_out": 100 * area(caught, flagged),
+            "fpr95": 100 * fpr_at_recall(caught, flagged, 0.95), "fpr95_id": 100 * fpr_at_recall(kept, let_in, 0.95)}
 
 
 def fpr_at_recall(true, false, recall):
@@ -546,21 +537,15 @@ def reference(net, dataset, images, device):
     return {"weight": net.fc.weight.detach().cpu().float(), "features": features, "mean": features.mean(0)}
 
 
-def confidences(net, images, dataset, device, scores, ref):
-    """One forward pass over images [N] -> ({score: confidence [N]}, predictions int64 [N])."""
-    logits, features = outputs(net, images, dataset, device)
-    return {name: SCORES[name](logits, features, ref).double() for name in scores}, logits.argmax(1)
-
-
 def evaluate(net, sets, dataset, device, scores, ref):
     """One network on load_benchmark's sets and its reference() -> (entry of results.json, {score: {set: conf [N]}})."""
     names, sizes = list(sets), [len(images) for images, _ in sets.values()]
-    conf, predicted = confidences(net, torch.cat([images for images, _ in sets.values()]), dataset, device, scores, ref)
-    accuracy = (predicted[:sizes[0]] == sets["id"][1]).double().mean().item()
+    logits, features = outputs(net, torch.cat([images for images, _ in sets.values()]), dataset, device)
+    accuracy = (logits[:sizes[0]].argmax(1) == sets["id"][1]).double().mean().item()
     entry, by_set = {"id_acc": 100 * accuracy, "n_id": sizes[0], "scores": {}}, {}
     group_of = {name: group for group, members in ID_SETS[dataset]["groups"].items() for name in members}
     for score in scores:
-        by_set[score] = dict(zip(names, conf[score].split(sizes)))
+        by_set[score] = dict(zip(names, SCORES[score](logits, features, ref).double().split(sizes)))
         rows = {}
         for name in names[1:]:
             found = detection_metrics(by_set[score]["id"], by_set[score][name])
@@ -596,8 +581,7 @@ def tables(runs, scores):
     """results.json dicts -> the lines of two Markdown tables, means with standard deviations (n - 1) over a row's runs.
 
     A row is the student of one command, whatever words are of a run, under those that not all commands begin with. The
-    cross-entropy networks from which students started, one a seed, are a row of their own; a network measured by
-    evaluate.py has a row under its name.
+    starts, one a seed, are a row of their own; a network measured by evaluate.py has a row under its name.
     """
     of_a_run = r" --(resume|(seed|out|data-root|device|ce|teacher)[ =]('[^']*'|\S+))(?= |$)"
     commands = [re.sub(of_a_run, "", results["command"]).replace("=", " ").split() for results in runs]
@@ -618,9 +602,7 @@ def tables(runs, scores):
     if any(other != sets for other in others):
         fail("the runs were measured on different OOD sets: make a table of each kind")
 
-    def cell(values):
-        return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
-
+    cell = lambda values: f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
     line = lambda *cells: f"| {' | '.join(map(str, cells))} |"
     by_group = [line(f"`{' '.join(base)}`", "runs", "accuracy", "score", "near AUROC", "near FPR95", "far AUROC",
                      "far FPR95"), "|---" * 8 + "|"]
@@ -683,15 +665,14 @@ def describe(dataset):
 def number(kind, low, high):
     """An argparse type: a finite number of the kind, int or float, from low to high."""
     def read(text):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= kind(text) <= high:  # nor is a NaN
             raise ValueError
-        return value
+        return kind(text)
     read.__name__ = f"{'whole' if kind is int else 'finite'} number from {low} to {high}:"  # of argparse's message
     return read
 
 
-POSITIVE, SEED, FINITE = number(int, 1, 10 ** 9), number(int, 0, 10 ** 17), number(float, -math.inf, math.inf)
+POSITIVE, SEED, FINITE = number(int, 1, 10 ** 9), number(int, 0, 10 ** 17), number(float, -1e308, 1e308)
 
 
 def common_parser(doc):
@@ -744,17 +725,12 @@ def main():
     for path in args.checkpoints:
         nets[Path(path).stem if Path(path).stem not in nets else path] = load_network(path, classes)
     if args.flag:
-        flag(*nets.values(), "micl" if args.score == "all" else args.score, args)
-        return
-
-    # Before minutes of work, what could not be written at their end.
+        return flag(*nets.values(), "micl" if args.score == "all" else args.score, args)
     results_path = Path(args.out) / "results.json"
     if results_path.exists() and '"command": "evaluate.py' not in results_path.read_text(errors="replace"):
         fail(f"{results_path} holds another program's results: name another folder with --out")
-    if args.plot and Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
-        fail(f"--plot {args.plot}: the file must end in .png, .pdf or .svg")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        fail("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    if args.plot and not (args.plot.lower().endswith((".png", ".pdf", ".svg")) and find_spec("matplotlib")):
+        fail(f"--plot {args.plot}: the file must end in .png, .pdf or .svg, and matplotlib must be installed")
     start, scores, columns = time.perf_counter(), list(SCORES) if args.score == "all" else [args.score], {}
     sets, missing = load_benchmark(args.dataset, args.data_root, args.ood)
     if len(sets) == 1:
@@ -774,9 +750,9 @@ def main():
 
 
 def reference_and_critic(net, scores, args):
-    """-> (reference(), the critic of the file NAME.critic.pt beside the network's NAME.pt, or None if there is none).
+    """-> (reference(), the critic NAME.critic.pt beside the network's NAME.pt or None).
 
-    Where the scores need no more than the mean of the training features, the critic's own spares the training images.
+    The critic's mean spares the training images where the scores need no more of them.
     """
     path, critic = Path(net.source).with_suffix(".critic.pt"), None
     if path.exists():
@@ -797,7 +773,7 @@ def flag(net, score, args):
     """Prints a CSV: path, score and verdict of each image of a folder, and MICL's probability if there is a critic."""
     images, paths, bad = read_folder(args.flag, args.size)
     ref, critic = reference_and_critic(net, [score], args)
-    of_val, conf = (confidences(net, of, args.dataset, args.device, [score], ref)[0][score]
+    of_val, conf = (SCORES[score](*outputs(net, of, args.dataset, args.device), ref).double()
                     for of in (load(args.dataset, "val", args.data_root)[0], images))
     threshold = threshold_at(of_val, args.threshold_tpr)
     rows = [["path", score, "verdict", "p_id"]]

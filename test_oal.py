@@ -180,7 +180,13 @@ def test_list_cache(tmp_path, capsys):
         damage()
         assert read().equal(first) and decoded()
     list_path.write_text("".join(list_path.read_text().splitlines(keepends=True)[1:]))
-    assert read()[:, 0, 0, 0].tolist() == [7, 14, 21, 28, 35] and decoded()
+    def full(file):
+        raise OSError(28, "No space left on device")
+    with pytest.MonkeyPatch.context() as patch:                       # a full disk costs time, not the run
+        patch.setattr(os, "fsync", full)
+        assert len(read()) == 5
+    assert f"not cached: [Errno 28] No space left on device: '{cache}'" in capsys.readouterr().err
+    assert read()[:, 0, 0, 0].tolist() == [7, 14, 21, 28, 35] and decoded() and list(cache.parent.iterdir()) == [cache]
 
 
 def test_a_users_folder_never_takes_a_sets_place(tmp_path, monkeypatch):
@@ -799,8 +805,8 @@ def test_a_program_that_is_stopped_ends_quietly_or_in_one_line():
     start += "run(lambda: "                              # those two alone start in no time
     kill = start + "(print('begun', flush=True), os.kill(os.getpid(), signal.SIGNAL), time.sleep(60)))"
     cases = [(kill.replace("SIGNAL", "SIGTERM"), "", 143, ""), (kill.replace("SIGNAL", "SIGINT"), "", 130, ""),
-             (start + "[print(i) for i in range(9999)])", "| head -1", 141, ""),
-             (start + "[print(i, file=sys.stderr) for i in range(9999)])", "2>&1 | head -1", 141, ""),
+             (start + "[print(i) for i in range(10 ** 6)])", "| head -1", 141, ""),
+             (start + "[print(i, file=sys.stderr) for i in range(10 ** 6)])", "2>&1 | head -1", 141, ""),
              (start + "print('verdict'))", "> /dev/full", 2, "error: [Errno 28] No space left on device\n")]
     runs = [subprocess.Popen(["bash", "-c", f'"$0" -c "$1" {redirect}; exit ${{PIPESTATUS[0]}}', sys.executable, code],
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -1386,12 +1392,17 @@ def test_your_own_classes(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
-def test_a_file_name_that_is_no_text_is_printed_as_it_is(tmp_path):
-    torch.save(train.build("resnet_small", 8, 0).state_dict(), tmp_path / "net.pt")
+def test_a_file_name_that_is_no_text_is_printed_as_it_is(tiny, tmp_path, monkeypatch, capsysbinary):
+    """In the CSV; in a picture as far as it is text."""
+    torch.save(train.build("resnet_tiny", 8, 0).state_dict(), tmp_path / "net.pt")
     name = os.fsdecode(b"caf\xe9.png")
     save_png(tmp_path / "mine" / name, 90, (20, 40))
-    done = subprocess.run([sys.executable, HERE / "evaluate.py", tmp_path / "net.pt", "--flag", tmp_path / "mine",
-                           "--device", "cpu"],
-                          capture_output=True, timeout=300, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
-    assert done.returncode == 0, done.stderr
-    assert os.fsencode(name) in done.stdout.splitlines()[1]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "net.pt"), "--flag", str(tmp_path / "mine"),
+                                      "--device", "cpu"])
+    monkeypatch.setattr(signal, "signal", lambda *words: None)
+    sys.stdout.reconfigure(errors="strict")
+    evaluate.run(evaluate.main)
+    assert os.fsencode(name) in capsysbinary.readouterr().out.splitlines()[1]
+    conf = torch.arange(9.0)
+    evaluate.plot(tmp_path / f"{name}", {f"{name}: ebo": {"id": conf, f"{tmp_path}/{name}": conf - 1}}, 0.95)
+    assert Image.open(tmp_path / name).width > 100
