@@ -10,19 +10,17 @@
 
 `gaussian_outliers` are those of VOS, a peer.
 """
-import argparse
+import io
 import math
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.utils import save_image
 
+import evaluate
 import models
-
-SIGMA = 0.07     # of the Gaussian draws about the boundary, as released, at PAPER_DIM dimensions
-GUIDANCE = 2.0   # of the diffusion model's condition
-PAPER_DIM = 768  # features of the released code's teacher, a ViT-B/16: sigma was set for it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -31,17 +29,13 @@ PAPER_DIM = 768  # features of the released code's teacher, a ViT-B/16: sigma wa
 
 def kth_distance(queries, bank, k):
     """Distance from unit vectors queries [Q, D] to their k-th nearest in bank [N, D], 1 = the nearest: [Q]."""
-    cosine = queries @ bank.T                                                 # [Q, N]
-    if 2 * k <= len(bank):                                                    # top-k from the shorter side
-        kth = cosine.topk(k, dim=1, sorted=False)[0].amin(1)
-    else:
-        kth = cosine.topk(len(bank) - k + 1, dim=1, largest=False, sorted=False)[0].amax(1)
+    kth = (queries @ bank.T).topk(k, dim=1, sorted=False)[0].amin(1)          # cosines [Q]
     return (2 - 2 * kth).clamp_min(0).sqrt()
 
 
 @torch.no_grad()
 def boundary_outliers(features, labels, per_class=100, generator=None, k_fraction=0.6, boundary=50, draws=1500, keep=2,
-                      sigma=SIGMA):
+                      sigma=0.07):
     """Boundary outliers of every class -> (outliers float32 [C * per_class, D] of unit length, labels int64).
 
     features float32 [N, D] of any length, labels int64 [N]. Per class: the k-th nearest-neighbour distance (k =
@@ -51,33 +45,30 @@ def boundary_outliers(features, labels, per_class=100, generator=None, k_fractio
     none. Only one boundary point's draws are held at a time.
 
     What matters of the noise is its length s sqrt(D): the cosine to the boundary point is about 1 / sqrt(1 + s^2 D)
-    whatever D is. So s = sigma sqrt(768 / D): `sigma` means what it means in the paper, at 768 dimensions.
+    whatever D is. So s = sigma sqrt(768 / D): `sigma` means what it means in the release, whose teacher has 768.
     A class of a single image has no neighbour to be ranked by: ValueError, as for a NaN.
     """
     if not torch.isfinite(features).all():
         raise ValueError("boundary_outliers: a feature is not finite")
     generator = generator or torch.Generator().manual_seed(0)
     features = F.normalize(features.float(), dim=1)
-    dim = features.shape[1]
-    s = sigma * math.sqrt(PAPER_DIM / dim)
-    outliers, outlier_labels = [], []
-    for label in labels.unique().tolist():
+    s = sigma * math.sqrt(768 / features.shape[1])
+    classes, outliers = labels.unique(), []
+    for label in classes.tolist():
         bank = features[labels == label]                                      # [n, D]
         if len(bank) < 2:
             raise ValueError(f"boundary_outliers: class {label} has a single image, which has no nearest neighbour")
         k = max(1, min(len(bank) - 1, round(k_fraction * len(bank))))
         # k + 1: among its own class an image is its own nearest neighbour.
-        ranked = kth_distance(bank, bank, k + 1).argsort(descending=True, stable=True)
-        points = bank[ranked[:boundary]]                                      # [P, D]
+        points = bank[kth_distance(bank, bank, k + 1).argsort(descending=True, stable=True)[:boundary]]       # [P, D]
         kept = []
         while sum(map(len, kept)) < per_class:
             point = points[len(kept) % len(points)]
-            noise = torch.randn(draws, dim, generator=generator).to(features.device)
+            noise = torch.randn(draws, bank.shape[1], generator=generator).to(features.device)
             sample = F.normalize(point + s * noise, dim=1)                    # [draws, D]
             kept.append(sample[kth_distance(sample, bank, k).topk(min(keep, draws))[1]])
         outliers.append(torch.cat(kept)[:per_class])
-        outlier_labels.append(torch.full((per_class,), label))
-    return torch.cat(outliers), torch.cat(outlier_labels).to(labels.device)
+    return torch.cat(outliers), classes.repeat_interleave(per_class)
 
 
 @torch.no_grad()
@@ -215,7 +206,7 @@ def train_diffusion(latents, conds, steps, generator, device="cpu", batch_size=B
 
 
 @torch.inference_mode()
-def ddim(net, conds, latent_dim, generator, guidance=GUIDANCE, steps=50):
+def ddim(net, conds, latent_dim, generator, guidance=2.0, steps=50):
     """Conditions [B, D] -> latents float32 [B, L] on the CPU, by `steps` deterministic DDIM steps from Gaussian noise.
 
     guidance g: velocity = v(none) + g (v(cond) - v(none)); 1 is plain conditional sampling.
@@ -272,15 +263,13 @@ def outlier_maps(maps, outliers, n, generator, kind="diffusion"):
 # The whole stage: a trained network and its training images -> outliers.pt.
 
 
-def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generator, device, sigma=SIGMA,
-               guidance=GUIDANCE):
+def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generator, device):
     """A trained network and its training set -> the tensors of outliers.pt, on the CPU.
 
     boundary [N, D] and latent [N, L] with boundary_labels and latent_labels [N], sorted by class, per_class of each;
     mean, basis and scale are the codec of the latents. Latent i was drawn under the condition boundary[i]. The
     diffusion model takes diffusion_steps, or 20 passes over the images if fewer: beyond, it learns them by heart.
     """
-    import evaluate
     diffusion_steps = min(diffusion_steps, 20 * len(images) // BATCH)
     spread = torch.linspace(0, len(images) - 1, min(2000, len(images))).long()  # the lists are sorted by class
     some = images[spread.to(images.device)]
@@ -288,11 +277,11 @@ def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generat
     pairs = [(encode(maps, codec), F.normalize(features, dim=1))
              for maps, features in evaluate.stage2(net, images, dataset, device)]
     latents, features = (torch.cat(parts) for parts in zip(*pairs))                       # [N, L], [N, D]
-    boundary, classes = boundary_outliers(features, labels.to(device), per_class, generator, sigma=sigma)
+    boundary, classes = boundary_outliers(features, labels.to(device), per_class, generator)
     print(f"synthesize: {len(boundary)} boundary outliers", flush=True)
 
     denoiser = train_diffusion(latents, features, diffusion_steps, generator, device)
-    latent = ddim(denoiser, boundary, latents.shape[1], generator, guidance)
+    latent = ddim(denoiser, boundary, latents.shape[1], generator)
     print(f"synthesize: {len(latent)} latents of {latent.shape[1]} numbers", flush=True)
     outliers = {"boundary": boundary, "boundary_labels": classes, "latent": latent, "latent_labels": classes, **codec}
     return {name: tensor.cpu() for name, tensor in outliers.items()}
@@ -303,50 +292,39 @@ def show(path, outliers, features, images, labels, rows=8, neighbours=9):
 
     The first column is the image nearest to the class's mean feature, for comparison.
     """
-    from torchvision.utils import save_image
     features = F.normalize(features, dim=1)
     grid = []
     for label in outliers["boundary_labels"].unique()[:rows]:
         mean = features[labels == label].mean(0)
         outlier = outliers["boundary"][outliers["boundary_labels"] == label][0]
         grid += [images[(features @ mean).argmax()], *images[(features @ outlier).topk(neighbours)[1]]]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_image(F.interpolate(torch.stack(grid).float() / 255, scale_factor=2), path, nrow=neighbours + 1)
+    picture = io.BytesIO()
+    save_image(F.interpolate(torch.stack(grid).float() / 255, scale_factor=2), picture, "png", nrow=neighbours + 1)
+    evaluate.write(path, picture.getvalue())
 
 
 def main():
-    import evaluate
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = evaluate.fail
+    parser = evaluate.common_parser(__doc__)
     parser.add_argument("checkpoint", help="weights of the network whose feature space is searched")
-    evaluate.add_data_options(parser)
     parser.add_argument("--out", default="outliers.pt", help="file for the outliers")
     parser.add_argument("--show", metavar="FILE.png", help="also draw the training images nearest to boundary outliers")
     parser.add_argument("--per-class", type=evaluate.POSITIVE, default=50, help="outliers of each kind per class")
-    parser.add_argument("--sigma", type=evaluate.FINITE, default=SIGMA,
-                        help="noise at 768 dimensions; see boundary_outliers")
-    parser.add_argument("--guidance", type=evaluate.FINITE, default=GUIDANCE,
-                        help="weight of the condition when sampling")
     parser.add_argument("--diffusion-steps", type=evaluate.POSITIVE, default=1000)
     parser.add_argument("--seed", type=evaluate.SEED, default=0)
-    parser.add_argument("--device", default=evaluate.best_device())
     args = parser.parse_args()
-    evaluate.check_device(args.device)
+    evaluate.check_common(args)
     if Path(args.out).exists():
         evaluate.fail(f"{args.out} is there already: remove it, or name another file with --out")
-    if args.show and Path(args.show).suffix.lower() not in (".png", ".jpg"):
-        evaluate.fail(f"--show {args.show}: the file must end in .png or .jpg")
-    data_root = evaluate.check_data(args)
+    if args.show and Path(args.show).suffix.lower() != ".png":
+        evaluate.fail(f"--show {args.show}: the file must end in .png")
     net = evaluate.load_network(args.checkpoint, evaluate.id_set(args)["classes"])
-    images, labels = evaluate.load(args.dataset, "train", data_root)
+    images, labels = evaluate.load(args.dataset, "train", args.data_root)
     if labels.bincount().eq(1).any():
-        evaluate.fail(f"a class of {args.dataset} in {data_root} has a single image, which has no nearest "
-                      "neighbour: add one")
-    evaluate.make_folder(Path(args.out).parent)
-    generator = torch.Generator().manual_seed(10 * args.seed + 2)  # train.py's: same options, same outliers
-    outliers = synthesize(net, images, labels, args.dataset, args.per_class, args.diffusion_steps, generator,
-                          args.device, args.sigma, args.guidance)
-    torch.save(outliers, args.out)
+        evaluate.fail(f"a class of {args.dataset} has a single image, which has no nearest neighbour: add one")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of work
+    g = torch.Generator().manual_seed(10 * args.seed + 2)  # train.py's: same options, same outliers
+    outliers = synthesize(net, images, labels, args.dataset, args.per_class, args.diffusion_steps, g, args.device)
+    evaluate.write(args.out, outliers)
     print(f"written: {args.out}")
     if args.show:
         show(args.show, outliers, evaluate.outputs(net, images, args.dataset, args.device)[1], images, labels)
@@ -354,4 +332,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    evaluate.run(main)

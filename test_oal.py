@@ -7,6 +7,7 @@ Numbers, not shapes alone: closed forms, brute-force twins, files as users have 
 import argparse
 import contextlib
 import csv
+import inspect
 import io
 import json
 import math
@@ -179,7 +180,13 @@ def test_list_cache(tmp_path, capsys):
         damage()
         assert read().equal(first) and decoded()
     list_path.write_text("".join(list_path.read_text().splitlines(keepends=True)[1:]))
-    assert read()[:, 0, 0, 0].tolist() == [7, 14, 21, 28, 35] and decoded()
+    def full(file):
+        raise OSError(28, "No space left on device")
+    with pytest.MonkeyPatch.context() as patch:                       # a full disk costs time, not the run
+        patch.setattr(os, "fsync", full)
+        assert len(read()) == 5
+    assert f"not cached: [Errno 28] No space left on device: '{cache}'" in capsys.readouterr().err
+    assert read()[:, 0, 0, 0].tolist() == [7, 14, 21, 28, 35] and decoded() and list(cache.parent.iterdir()) == [cache]
 
 
 def test_a_users_folder_never_takes_a_sets_place(tmp_path, monkeypatch):
@@ -782,6 +789,80 @@ def test_threshold_accepts_the_share():
 # Programs.
 
 
+def ended(main, capsys):
+    """The exit status of a program, and what it said on stderr."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(os, "dup2", lambda *files: None)  # file 1 is pytest's own here
+        patch.setattr(signal, "signal", lambda *words: None)
+        evaluate.run(main)
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of Unix")
+def test_a_program_that_is_stopped_ends_quietly_or_in_one_line():
+    """By signals, by a reader that has gone, by a full disk behind stdout; nothing fails again as Python ends."""
+    start = f"import os, signal, sys, time\n{inspect.getsource(evaluate.fail)}\n{inspect.getsource(evaluate.run)}\n"
+    start += "run(lambda: "                              # those two alone start in no time
+    kill = start + "(print('begun', flush=True), os.kill(os.getpid(), signal.SIGNAL), time.sleep(60)))"
+    cases = [(kill.replace("SIGNAL", "SIGTERM"), "", 143, ""), (kill.replace("SIGNAL", "SIGINT"), "", 130, ""),
+             (start + "[print(i) for i in range(10 ** 6)])", "| head -1", 141, ""),
+             (start + "[print(i, file=sys.stderr) for i in range(10 ** 6)])", "2>&1 | head -1", 141, ""),
+             (start + "print('verdict'))", "> /dev/full", 2, "error: [Errno 28] No space left on device\n")]
+    runs = [subprocess.Popen(["bash", "-c", f'"$0" -c "$1" {redirect}; exit ${{PIPESTATUS[0]}}', sys.executable, code],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONUNBUFFERED": ""})
+            for code, redirect, _, _ in cases]
+    for run, (code, _, status, says) in zip(runs, cases):
+        assert run.communicate(timeout=100)[1] == says and run.returncode == status, code
+
+
+@pytest.mark.parametrize("content", ["new", b"new", {"new": torch.ones(3)}])
+@pytest.mark.parametrize("part", ["fsync", "open", "replace"])
+def test_a_file_is_written_whole_or_not_at_all(content, part, tmp_path, monkeypatch, capsys):
+    """One line that names the file; the old one is as it was, and nothing lies beside it."""
+    path = tmp_path / "deep" / "file.pt"
+    evaluate.write(path, "old")
+    def full(*words, **more):
+        raise OSError(28, "No space left on device")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*{"fsync": (os, "fsync"), "open": (evaluate, "open"), "replace": (os, "replace")}[part],
+                      full, raising=False)
+        status, error = ended(lambda: evaluate.write(path, content), capsys)
+    assert status == 2 and error == f"error: [Errno 28] No space left on device: '{path}'\n"
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+    evaluate.write(path, content)
+    assert (path.read_bytes() == b"new" if isinstance(content, (str, bytes)) else
+            torch.load(path, weights_only=True)["new"].equal(torch.ones(3)))
+    status, error = ended(lambda: evaluate.write(path / "below.pt", content), capsys)  # below a file
+    assert status == 2 and error.startswith("error: ") and str(path) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, locked", [
+    ("net.pt --dataset cifar100 --data-root root", "val_cifar100.txt"), ("net.pt --dataset photos", "train"),
+    ("--collect e/results.json", "results.json"), ("net.pt --out e", "results.json")])
+def test_what_cannot_be_read_is_an_error(words, locked, tmp_path, monkeypatch, capsys):
+    """A list, a folder of classes, a results file without permission, also for root."""
+    def denying(call):
+        def denied(path, *rest, **more):
+            if os.path.basename(os.fspath(path)) == locked:
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *rest, **more)
+        return denied
+    openood_tree(tmp_path / "root")
+    draw_classes(tmp_path / "photos", train_a=4, train_b=4)
+    evaluate.write(tmp_path / "e" / "results.json", "{}")
+    evaluate.write(tmp_path / "net.pt", models.build("resnet_tiny", 100 if "cifar100" in words else 8).state_dict())
+    save_png(tmp_path / "mine" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(io, "open", denying(io.open))
+    monkeypatch.setattr(os, "listdir", denying(os.listdir))
+    more = ["--flag", "mine", "--score", "ebo"] if "root" in words else []
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words.split(), *more, "--device", "cpu"])
+    status, error = ended(evaluate.main, capsys)
+    last = error.splitlines()[-1]
+    assert status == 2 and last.startswith("error: [Errno 13] Permission denied: '") and last.endswith(f"{locked}'")
+
+
 @pytest.mark.parametrize("program, words, says", [
     (train, "--dataset imagenet", "imagenet"), (train, "--arch vgg", "vgg"), (train, "--epochs 0", "whole number"),
     (train, "--device abacus", "abacus"), (train, "--dataset cifar100 --data-root /nowhere/at/all", "/nowhere/at/all"),
@@ -791,21 +872,19 @@ def test_threshold_accepts_the_share():
     (synthesize, "no.pt", "no.pt"), (synthesize, "x.pt --device abacus", "abacus"),
     (train, "--outliers noise --recipe released", "--outliers noise"), (train, "--peer vos --w-kd 1", "--peer"),
     (train, "--peer logitnorm --benchmark", "--peer"), (train, "--peer vos --recipe released", "--peer"),
-    (train, "--w-kd nan", "nan"), (train, "--w-latent inf", "inf"), (synthesize, "x.pt --sigma nan", "nan"),
-    (synthesize, "x.pt --guidance=-inf", "inf"), (synthesize, "x.pt --sigma wide", "wide"),
+    (train, "--w-kd nan", "nan"), (train, "--w-latent inf", "inf"), (train, "--w-kd wide", "wide"),
     (train, "--seed 12345678901234567890", "12345678901234567890"), (train, "--seed 1.5", "1.5"),
     (synthesize, "x.pt --seed 12345678901234567890", "12345678901234567890"),
     (train, "--size 48", "48"), (train, "--size 64", "--size 64"),
     (evaluate, "x.pt --dataset cifar10 --size 128", "--size 128"), (evaluate, "x.pt --dataset moon", "moon"),
     (synthesize, "x.pt --dataset moon", "moon"), (train, "--w-boundary 1", "--w-boundary"),
     (train, "--recipe best", "best"), (evaluate, "--collect no.json", "no.json"),
-    (synthesize, "x.pt --per-class none", "whole number"), (synthesize, "x.pt --show x.abc", "--show")])
+    (synthesize, "x.pt --per-class none", "whole number"), (synthesize, "x.pt --show x.abc", "--show"),
+    *((program, "x.pt --device meta"[5 * (program is train):], "meta") for program in (train, evaluate, synthesize))])
 def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", *words.split(), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as stop:
-        program.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and says in error and error.count("\n") == 1
+    status, error = ended(program.main, capsys)
+    assert status == 2 and error.startswith("error: ") and says in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -1322,12 +1401,17 @@ def test_your_own_classes(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
-def test_a_file_name_that_is_no_text_is_printed_as_it_is(tmp_path):
-    torch.save(train.build("resnet_small", 8, 0).state_dict(), tmp_path / "net.pt")
+def test_a_file_name_that_is_no_text_is_printed_as_it_is(tiny, tmp_path, monkeypatch, capsysbinary):
+    """In the CSV; in a picture as far as it is text."""
+    torch.save(train.build("resnet_tiny", 8, 0).state_dict(), tmp_path / "net.pt")
     name = os.fsdecode(b"caf\xe9.png")
     save_png(tmp_path / "mine" / name, 90, (20, 40))
-    done = subprocess.run([sys.executable, HERE / "evaluate.py", tmp_path / "net.pt", "--flag", tmp_path / "mine",
-                           "--device", "cpu"],
-                          capture_output=True, timeout=300, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
-    assert done.returncode == 0, done.stderr
-    assert os.fsencode(name) in done.stdout.splitlines()[1]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "net.pt"), "--flag", str(tmp_path / "mine"),
+                                      "--device", "cpu"])
+    monkeypatch.setattr(signal, "signal", lambda *words: None)
+    sys.stdout.reconfigure(errors="strict")
+    evaluate.run(evaluate.main)
+    assert os.fsencode(name) in capsysbinary.readouterr().out.splitlines()[1]
+    conf = torch.arange(9.0)
+    evaluate.plot(tmp_path / f"{name}", {f"{name}: ebo": {"id": conf, f"{tmp_path}/{name}": conf - 1}}, 0.95)
+    assert Image.open(tmp_path / name).width > 100
