@@ -577,9 +577,10 @@ def title(name, names):
     return name if last.count(Path(name).name) > 1 else Path(name).name or name
 
 
-def tables(runs, scores):
+def tables(runs):
     """results.json dicts -> the lines of two Markdown tables, means with standard deviations (n - 1) over a row's runs.
 
+    By ebo, fdbd and micl where all networks were measured by them, else by every score that all were measured by.
     A row is the student of one command, whatever words are of a run, under those that not all commands begin with. The
     starts, one a seed, are a row of their own; a network measured by evaluate.py has a row under its name.
     """
@@ -596,27 +597,29 @@ def tables(runs, scores):
             if held["id_acc"] != entry["id_acc"]:
                 fail(f"two runs with different figures are seed {results.get('seed')} of {label}: leave one out")
     entries = [entry for row in rows.values() for entry in row.values()]
-    scores = [score for score in scores if all(score in entry["scores"] for entry in entries)]
+    common = [score for score in SCORES if all(score in entry["scores"] for entry in entries)]
+    scores = [score for score in common if score in ("ebo", "fdbd", "micl")] or common
     sets, *others = ({name: found["n"] for name, found in entry["scores"][scores[0]]["sets"].items()}
                      for entry in entries)
     if any(other != sets for other in others):
         fail("the runs were measured on different OOD sets: make a table of each kind")
 
-    cell = lambda values: f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
     line = lambda *cells: f"| {' | '.join(map(str, cells))} |"
-    by_group = [line(f"`{' '.join(base)}`", "runs", "accuracy", "score", "near AUROC", "near FPR95", "far AUROC",
-                     "far FPR95"), "|---" * 8 + "|"]
-    by_set = ["", line("AUROC", "score", *(f"{title(name, sets)} ({n})" for name, n in sets.items())),
-              "|---" * (2 + len(sets)) + "|"]
+    def cell(values):  # of each run, or of each run by each score -> means, scores beside each other
+        return " / ".join(f"{one.mean():.1f}" + (f"±{one.std(ddof=1):.1f}" if len(one) > 1 else "")
+                          for one in np.atleast_2d(np.array(values).T))
+
+    by_group = [f"cells: {' / '.join(scores)}", "", line(f"`{' '.join(base)}`", "runs", "accuracy", "near AUROC",
+                "near FPR95", "far AUROC", "far FPR95"), "|---" * 7 + "|"]
+    by_set = ["", line("AUROC", *(f"{title(name, sets)} ({n})" for name, n in sets.items())),
+              "|---" * (1 + len(sets)) + "|"]
     for name, row in rows.items():
-        start = [name, len(row), cell([entry["id_acc"] for entry in row.values()])]
-        for score in scores:
-            found = [entry["scores"][score] for entry in row.values()]
-            by_group.append(line(*start, score, *(
-                cell([one[group][metric] for one in found]) if group in found[0] else ""
-                for group in ("near", "far") for metric in ("auroc", "fpr95"))))
-            by_set.append(line(start[0], score, *(cell([one["sets"][key]["auroc"] for one in found]) for key in sets)))
-            start = ["", "", ""]  # a row's name stands beside its first score
+        found = [[entry["scores"][score] for score in scores] for entry in row.values()]
+        by_group.append(line(name, len(row), cell([entry["id_acc"] for entry in row.values()]), *(
+            cell([[one[group][metric] for one in run] for run in found]) if group in found[0][0] else ""
+            for group in ("near", "far") for metric in ("auroc", "fpr95"))))
+        by_set.append(line(name, *(cell([[one["sets"][key]["auroc"] for one in run] for run in found])
+                                   for key in sets)))
     missing = sorted({name for results in runs for name in results["missing"]})
     return [*by_group, *(by_set if sets else []),  # no sets: a folder of classes without --ood
             *([f"\nmissing, in no mean: {', '.join(missing)}"] if missing else [])]
@@ -625,7 +628,7 @@ def tables(runs, scores):
 def collect(paths):
     """results.json files -> the lines of README's tables."""
     try:
-        return tables([json.loads(Path(path).read_text()) for path in paths], ("ebo", "fdbd", "micl"))
+        return tables([json.loads(Path(path).read_text()) for path in paths])
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as problem:
         fail(f"--collect {' '.join(map(str, paths))}: not results.json files of one benchmark ({problem})")
 
@@ -742,7 +745,7 @@ def main():
         results["models"][name], conf = evaluate(net, sets, args.dataset, args.device, scores, ref)
         columns |= {f"{name}: {score}": conf[score] for score in scores if score in ("ebo", "micl", args.score)}
     results["seconds"] = {"total": time.perf_counter() - start}
-    print("\n".join(tables([results], SCORES)))
+    print("\n".join(tables([results])))
     write(results_path, json.dumps(results, indent=1))
     if args.plot:
         plot(args.plot, columns, args.threshold_tpr)

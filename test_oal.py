@@ -1147,8 +1147,9 @@ def test_every_ablation_changes_the_student(tiny, tmp_path, monkeypatch):
     assert [row[:2] for row in rows[:4]] == [["start: cross-entropy, resnet_tiny", "3"], ["no option", "3"],
                                              ["`--outliers noise`", "1"], ["`--w-kd 0`", "1"]]
     near = [load(run, "oal")["scores"]["ebo"]["near"]["auroc"] for run in ("default", "seed1", "seed2")]
-    assert rows[1][4] == f"{np.mean(near):.1f} ± {np.std(near, ddof=1):.1f}" and rows[1][3] == "ebo"
-    assert rows[2][6] == f"{load('3', 'oal')['scores']['ebo']['far']['auroc']:.1f}"
+    assert lines[0] == "cells: ebo / fdbd / micl"
+    assert rows[1][3].split(" / ")[0] == f"{np.mean(near):.1f}±{np.std(near, ddof=1):.1f}"
+    assert rows[2][5].split(" / ")[2] == f"{load('3', 'oal')['scores']['micl']['far']['auroc']:.1f}"
 
 
 def test_a_step_of_the_student(monkeypatch):

@@ -150,7 +150,7 @@ def run(args, saved):
                "command": shlex.join(["train.py", *sys.argv[1:]]), "device": args.device, "options": args.options,
                "versions": evaluate.VERSIONS, "seconds": seconds, "missing": missing, "models": found}
     evaluate.write(args.out / "results.json", json.dumps(results, indent=1))
-    print("\n".join([*evaluate.headline(results), "", *evaluate.tables([results], evaluate.SCORES)]))
+    print("\n".join([*evaluate.headline(results), "", *evaluate.tables([results])]))
     print(f"written: {args.out / 'results.json'}")
 
 
