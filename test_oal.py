@@ -490,9 +490,9 @@ def make_sd(folder, width=WORD):
             bos_token_id=end - 1, eos_token_id=end, pad_token_id=end))
         torch.nn.init.normal_(text_encoder.get_input_embeddings().weight)
         unet = diffusers.UNet2DConditionModel(
-            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-            cross_attention_dim=width, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+            sample_size=8, block_out_channels=(16,), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+            cross_attention_dim=width, down_block_types=["CrossAttnDownBlock2D"], mid_block_type=None,
+            up_block_types=["CrossAttnUpBlock2D"])
         vae = diffusers.AutoencoderKL(block_out_channels=(4, 4, 8, 8), norm_num_groups=4, sample_size=64,
                                       down_block_types=("DownEncoderBlock2D",) * 4,
                                       up_block_types=("UpDecoderBlock2D",) * 4)
@@ -623,7 +623,7 @@ def test_images_and_their_latents(pipe):
     assert torch.allclose(synthesize.vae_decode(pipe, latents), decoded, atol=1e-4)
 
 
-def test_alignment_turns_features_to_their_class():
+def test_alignment_turns_features_to_their_class(capsys):
     """Features of 20 classes about a common mean, no direction of which is a word's: images held out follow."""
     g = rng()
     centres, words = torch.randn(20, 32, generator=g), 3 * torch.randn(20, 48, generator=g)
@@ -632,6 +632,7 @@ def test_alignment_turns_features_to_their_class():
     weight = synthesize.align(features[:400], labels[:400], words, rng())
     cosine = F.normalize(features[400:] @ weight, dim=1) @ F.normalize(words, dim=1).T
     assert weight.shape == (32, 48) and (cosine.argmax(1) == labels[400:]).float().mean() > 0.97
+    assert float(capsys.readouterr().out.split()[-1]) < 0.2                        # at temperature 1 it would be 2
     assert weight.equal(synthesize.align(features[:400], labels[:400], words, rng()))
     assert F.cross_entropy(cosine / 0.1, labels[400:]) < 0.2                       # uniform: log 20 = 3
 
