@@ -38,12 +38,23 @@ import models
 
 SIZE = 32
 CIFAR_FAR = ("mnist", "svhn", "texture", "places365", "scenes")
+# The names of CIFAR's classes, in the order of their labels.
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy
+porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm""".split()
 # The ID sets that have a name. A user's folder of classes adds an entry of its own, with its images (read_classes).
-ID_SETS = {"shapes": dict(classes=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
+ID_SETS = {"shapes": dict(classes=8, names=[f"{texture} {shape}" for shape in ("disc", "square", "triangle", "cross")
+                                            for texture in ("plain", "checked")],
+                          mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
                           groups={"near": ("held_out",), "far": ("noise", "stripes", "flat", "gradient", "blobs")}),
-           "cifar10": dict(classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+           "cifar10": dict(classes=10, names=CIFAR10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
                            groups={"near": ("cifar100", "tin"), "far": CIFAR_FAR}),
-           "cifar100": dict(classes=100, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761),
+           "cifar100": dict(classes=100, names=CIFAR100, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761),
                             groups={"near": ("cifar10", "tin"), "far": CIFAR_FAR})}
 NAMED = tuple(ID_SETS)
 VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}

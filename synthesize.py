@@ -8,6 +8,7 @@
    then draws latents under the boundary outliers as conditions. A latent is the code of a stage-2 feature map; decoded,
    it enters the network between `lower` and `upper`, and never becomes an image.
 
+Or, with `--generator sd` and a GPU, the latents of Stable Diffusion, as in the paper: `synthesize_sd`.
 `gaussian_outliers` are those of VOS, a peer.
 """
 import io
@@ -96,8 +97,7 @@ def gaussian_outliers(features, labels, per_class, generator, draws=10000):
 # ---------------------------------------------------------------------------------------------------------------------
 # Latents: the code of a stage-2 feature map. The code is linear (the map's 256 principal components over the training
 # set: its layout), so it needs no training, and a synthesised code can replace the coded part of a real map and keep
-# its detail, as it is or scaled. Stable Diffusion's seam is here: its VAE's latent in place of `encode`, and any map
-# from that latent to `decode`.
+# its detail, as it is or scaled. Latents of Stable Diffusion enter here too: `ridge` carries them over to this code.
 
 CODE = 256   # numbers per latent
 BATCH = 256  # latents per step of the diffusion model's training
@@ -260,6 +260,156 @@ def outlier_maps(maps, outliers, n, generator, kind="diffusion"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Optional: Stable Diffusion v1 for the diffusion model above, by diffusers; as released (HengGao12/OAL,
+# outlier_generation/; Dream-OOD, arXiv 2309.13415): a boundary outlier is the last word of its prompt.
+
+# The outlier stands for the class's whole name, however many tokens that has, so that all prompts are of one length.
+# The release shortens the names of CIFAR-100 to one word each ('maple' for maple_tree) and puts the outlier there.
+SD_PROMPT = "A high-quality image of the thing"
+SD_BATCH = 4  # images at once, fewer where memory runs out
+
+
+def load_sd(name, device):
+    """A folder or a name on the Hugging Face hub -> the StableDiffusionPipeline there, with PLMS; in fp16 on CUDA."""
+    try:
+        import transformers  # noqa: F401
+        from diffusers import PNDMScheduler, StableDiffusionPipeline
+        dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+        pipe = StableDiffusionPipeline.from_pretrained(name, safety_checker=None, requires_safety_checker=False,
+                                                       dtype=dtype, low_cpu_mem_usage=False)
+    except ImportError:
+        evaluate.fail("--generator sd needs packages that are not installed: pip install diffusers transformers")
+    except Exception as problem:  # no network, no such name, a folder of something else: a dozen types
+        reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        evaluate.fail(f"--sd-model {name} cannot be loaded ({reason}): name a folder, or a name on the hub")
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def class_words(pipe, names):
+    """C names -> words float32 [C, E]: the mean of a name's token embeddings, made as long as they are on average."""
+    table = pipe.text_encoder.get_input_embeddings().weight.detach().float()              # [V, E]
+    tokens = [table[pipe.tokenizer(name.replace("_", " "), add_special_tokens=False).input_ids] for name in names]
+    return torch.stack([F.normalize(one.mean(0), dim=0) * one.norm(dim=1).mean() for one in tokens])
+
+
+def align(features, labels, words, generator, steps=1000, temperature=0.1):
+    """Unit features [N, D], labels [N], words [C, E] -> a linear map [D, E] that turns features to their class's word.
+
+    Cross-entropy of the cosines to all words over the temperature: Dream-OOD's alignment. The release skips it.
+    """
+    start = torch.randn(features.shape[1], words.shape[1], generator=generator) / math.sqrt(features.shape[1])
+    weight, words = start.to(features).requires_grad_(), F.normalize(words, dim=1)
+    optimizer = torch.optim.Adam([weight], 1e-3)
+    for _ in range(steps):
+        index = torch.randint(len(features), (BATCH,), generator=generator).to(features.device)
+        cosine = F.normalize(features[index] @ weight, dim=1) @ words.T                   # [B, C]
+        loss = F.cross_entropy(cosine / temperature, labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"synthesize: features mapped to words, cross-entropy {loss.item():.3f}", flush=True)
+    return weight.detach()
+
+
+@torch.inference_mode()
+def prompt_states(pipe, words):
+    """Words [B, E] -> the text encoder's states [B, 77, E] of SD_PROMPT with each for its last word."""
+    ids = pipe.tokenizer(SD_PROMPT, padding="max_length", return_tensors="pt").input_ids.to(pipe.device)   # [1, 77]
+    place = torch.tensor(len(pipe.tokenizer(SD_PROMPT).input_ids) - 2, device=pipe.device)                 # end: - 1
+    put = lambda module, args, embedded: embedded.index_copy(1, place, words[:, None].to(embedded))
+    with pipe.text_encoder.get_input_embeddings().register_forward_hook(put):
+        return pipe.text_encoder(ids.expand(len(words), -1))[0]
+
+
+def sd_latents(pipe, words, seed, partial, options):
+    """Words [M, E] -> latents [M, 4, 64, 64] (of v1), scaled, float32, on the CPU; 50 steps of PLMS, guidance 7.5.
+
+    Latent i starts from its own noise, of seed + i, so that an interrupted call goes on to the same result from the
+    batches that the file `partial` keeps.
+    """
+    shape = pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size
+    done, batch = torch.empty(0, *shape), SD_BATCH
+    if partial.exists():
+        saved = torch.load(partial, weights_only=True)
+        if saved["options"] != options or not torch.allclose(saved["words"], words, 1e-3, 1e-3 * words.std().item()):
+            evaluate.fail(f"{partial} holds latents of other options or another network: remove it, or repeat those")
+        done = saved["latents"]
+    while len(done) < len(words):
+        rows = range(len(words))[len(done):len(done) + batch]
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in rows])
+        try:
+            drawn = pipe(prompt_embeds=prompt_states(pipe, words[rows.start:rows.stop]), num_inference_steps=50,
+                         latents=noise.to(pipe.device, pipe.dtype), guidance_scale=7.5, output_type="latent").images
+        except torch.OutOfMemoryError:
+            batch = batch // 2 or evaluate.fail(f"{pipe.device} has no memory for one image: take another by --device")
+            continue
+        done = torch.cat([done, drawn.float().cpu()])
+        evaluate.write(partial, {"options": options, "words": words, "latents": done})
+        print(f"synthesize: {len(done)} of {len(words)} latents of Stable Diffusion", flush=True)
+    return done
+
+
+@torch.inference_mode()
+def vae_encode(pipe, images):
+    """Images uint8 [N, 3, S, S], enlarged to the pipeline's size -> latents [N, 4, 64, 64] (of v1) as sd_latents'."""
+    side, found = pipe.unet.config.sample_size * pipe.vae_scale_factor, []
+    for batch in images.split(SD_BATCH):
+        enlarged = F.interpolate(batch.to(pipe.device, pipe.dtype) / 127.5 - 1, size=side, mode="bilinear")
+        found.append(pipe.vae.encode(enlarged).latent_dist.mean.float().cpu())
+    return torch.cat(found) * pipe.vae.config.scaling_factor
+
+
+@torch.inference_mode()
+def vae_decode(pipe, latents):
+    """Latents [N, 4, 64, 64] as sd_latents' -> images float32 [N, 3, 512, 512] (of v1) from 0 to 1 or little beyond."""
+    batches = (latents / pipe.vae.config.scaling_factor).to(pipe.device, pipe.dtype).split(SD_BATCH)
+    return torch.cat([pipe.vae.decode(batch).sample.float().cpu() for batch in batches]) / 2 + 0.5
+
+
+def ridge(x, y, strength=1.0):
+    """x [N, P], y [N, Q] -> weight [P, Q], offset [Q] of y ~ x @ weight + offset, by ridge regression.
+
+    The penalty is `strength` times the mean eigenvalue of the centred x's Gram matrix.
+    """
+    x_mean, y_mean = x.double().mean(0), y.double().mean(0)
+    x, y = x - x_mean, y - y_mean
+    gram = x.T @ x                                                                        # [P, P]
+    weight = torch.linalg.solve(gram + strength * gram.diag().mean() * torch.eye(len(gram)), x.T @ y)
+    return weight.float(), (y_mean - x_mean @ weight).float()
+
+
+def synthesize_sd(pipe, net, images, labels, args, generator):
+    """`synthesize` by Stable Diffusion -> the tensors of outliers.pt, on the CPU; draws a picture for args.show.
+
+    args.sd_latents latents M, each under a random one of the boundary outliers [C * per_class, E], so of a random
+    class. latent [M, L] are their codes, by a map fitted to ID images; released [M, 64] (of v1) are they themselves as
+    the released trainer reduces them: mean over channels, then over rows.
+    """
+    features = torch.cat([F.normalize(h, dim=1) for _, h in evaluate.stage2(net, images, args.dataset, args.device)])
+    labels, words = labels.to(args.device), class_words(pipe, evaluate.ID_SETS[args.dataset]["names"])
+    if features.shape[1] != words.shape[1]:
+        features = features @ align(features, labels, words, generator)
+    boundary, classes = boundary_outliers(features, labels, args.per_class, generator)
+    chosen = torch.randint(len(boundary), (args.sd_latents,), generator=generator).to(args.device)
+    outlier_words = (boundary[chosen] * words.norm(dim=1)[classes[chosen], None]).cpu()   # [M, E]
+    seed = torch.randint(2 ** 31, (), generator=generator).item()
+    options = {name: str(value) for name, value in vars(args).items() if name != "show"}
+    raw = sd_latents(pipe, outlier_words, seed, Path(f"{args.out}.partial"), options)
+    if args.show:
+        save_picture(args.show, vae_decode(pipe, raw[:16]), 8)
+    # The map from latents to codes, by ID images, which have both; a latent is averaged to the size of the coded map.
+    some = images[torch.linspace(0, len(images) - 1, min(2000, len(images))).long().to(images.device)]
+    maps = torch.cat([maps for maps, _ in evaluate.stage2(net, some, args.dataset, args.device)])
+    codec = {name: tensor.cpu() for name, tensor in fit_codec(maps).items()}
+    pool = lambda z: F.adaptive_avg_pool2d(z, maps.shape[2:]).flatten(1)                  # [N, 4 H W]
+    weight, offset = ridge(pool(vae_encode(pipe, some)), encode(maps.cpu(), codec))
+    return {"boundary": boundary.cpu(), "boundary_labels": classes.cpu(), "latent": pool(raw) @ weight + offset,
+            "latent_labels": classes[chosen].cpu(), "released": raw.mean(1).mean(1), **codec}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The whole stage: a trained network and its training images -> outliers.pt.
 
 
@@ -298,8 +448,13 @@ def show(path, outliers, features, images, labels, rows=8, neighbours=9):
         mean = features[labels == label].mean(0)
         outlier = outliers["boundary"][outliers["boundary_labels"] == label][0]
         grid += [images[(features @ mean).argmax()], *images[(features @ outlier).topk(neighbours)[1]]]
+    save_picture(path, F.interpolate(torch.stack(grid).float() / 255, scale_factor=2), neighbours + 1)
+
+
+def save_picture(path, images, columns):
+    """Writes images float32 [N, 3, H, W] from 0 to 1 as one PNG, so many columns of them."""
     picture = io.BytesIO()
-    save_image(F.interpolate(torch.stack(grid).float() / 255, scale_factor=2), picture, "png", nrow=neighbours + 1)
+    save_image(images, picture, "png", nrow=columns)
     evaluate.write(path, picture.getvalue())
 
 
@@ -307,9 +462,15 @@ def main():
     parser = evaluate.common_parser(__doc__)
     parser.add_argument("checkpoint", help="weights of the network whose feature space is searched")
     parser.add_argument("--out", default="outliers.pt", help="file for the outliers")
-    parser.add_argument("--show", metavar="FILE.png", help="also draw the training images nearest to boundary outliers")
+    parser.add_argument("--show", metavar="FILE.png",
+                        help="also draw the training images nearest to boundary outliers, or the images of sd")
     parser.add_argument("--per-class", type=evaluate.POSITIVE, default=50, help="outliers of each kind per class")
     parser.add_argument("--diffusion-steps", type=evaluate.POSITIVE, default=1000)
+    parser.add_argument("--generator", choices=("diffusion", "sd"), default="diffusion",
+                        help="of the latents: the diffusion model trained here, or Stable Diffusion v1")
+    parser.add_argument("--sd-model", metavar="FOLDER_OR_NAME", default="CompVis/stable-diffusion-v1-4",
+                        help="its folder, or its name on the Hugging Face hub (%(default)s)")
+    parser.add_argument("--sd-latents", type=evaluate.POSITIVE, default=300, help="its latents, of all classes (300)")
     parser.add_argument("--seed", type=evaluate.SEED, default=0)
     args = parser.parse_args()
     evaluate.check_common(args)
@@ -318,15 +479,20 @@ def main():
     if args.show and Path(args.show).suffix.lower() != ".png":
         evaluate.fail(f"--show {args.show}: the file must end in .png")
     net = evaluate.load_network(args.checkpoint, evaluate.id_set(args)["classes"])
+    pipe = load_sd(args.sd_model, args.device) if args.generator == "sd" else None
     images, labels = evaluate.load(args.dataset, "train", args.data_root)
     if labels.bincount().eq(1).any():
         evaluate.fail(f"a class of {args.dataset} has a single image, which has no nearest neighbour: add one")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of work
     g = torch.Generator().manual_seed(10 * args.seed + 2)  # train.py's: same options, same outliers
-    outliers = synthesize(net, images, labels, args.dataset, args.per_class, args.diffusion_steps, g, args.device)
+    if pipe:
+        outliers = synthesize_sd(pipe, net, images, labels, args, g)
+    else:
+        outliers = synthesize(net, images, labels, args.dataset, args.per_class, args.diffusion_steps, g, args.device)
     evaluate.write(args.out, outliers)
+    Path(f"{args.out}.partial").unlink(missing_ok=True)
     print(f"written: {args.out}")
-    if args.show:
+    if args.show and not pipe:
         show(args.show, outliers, evaluate.outputs(net, images, args.dataset, args.device)[1], images, labels)
         print(f"written: {args.show}")
 

@@ -5,7 +5,6 @@
 Numbers, not shapes alone: closed forms, brute-force twins, files as users have them, whole runs to the same bits.
 """
 import argparse
-import contextlib
 import csv
 import inspect
 import io
@@ -462,6 +461,282 @@ def test_diffusion_learns_a_gaussian():
     assert free.mean(0).abs().max() < 0.2
     assert (free.var(0) - (a @ a.T).diag() / 2 - 0.25).abs().max() < 0.2
     assert drawn.equal(synthesize.ddim(net, cond.expand(1000, 2), 3, rng(1), guidance=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stable Diffusion: a pipeline of v1's shape with random weights, 0.5 MB, saved and loaded as the real one is.
+
+WORD = 32  # numbers per word; 768 in v1
+
+
+def make_sd(folder, width=WORD):
+    """Saves a StableDiffusionPipeline: images 64 wide, latents [4, 8, 8], a word for each word of the prompt and names.
+
+    The tests that need it are skipped where diffusers or transformers is not installed.
+    """
+    diffusers = pytest.importorskip("diffusers", reason="--generator sd is optional: pip install diffusers")
+    transformers = pytest.importorskip("transformers", reason="--generator sd is optional: pip install transformers")
+    words = "the thing a high - quality image of square plain checked disc triangle cross cat oak tree".split()
+    letters = [chr(c) for c in range(33, 127)]
+    merges = {}                                              # byte pairs, joined from the left: "t h", "th e</w>"
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        for i in range(1, len(parts)):
+            merges["".join(parts[:i]), parts[i]] = None
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), "<|startoftext|>",
+                  "<|endoftext|>"]
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
+    end = len(vocabulary) - 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        text_encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+            vocab_size=end + 1, hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            bos_token_id=end - 1, eos_token_id=end, pad_token_id=end))
+        torch.nn.init.normal_(text_encoder.get_input_embeddings().weight)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(16,), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+            cross_attention_dim=width, down_block_types=["CrossAttnDownBlock2D"], mid_block_type=None,
+            up_block_types=["CrossAttnUpBlock2D"])
+        vae = diffusers.AutoencoderKL(block_out_channels=(4, 4, 8, 8), norm_num_groups=4, sample_size=64,
+                                      down_block_types=("DownEncoderBlock2D",) * 4,
+                                      up_block_types=("UpDecoderBlock2D",) * 4)
+    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                        steps_offset=1, set_alpha_to_one=False, clip_sample=False)  # not PLMS yet
+    pipe = diffusers.StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
+                                             feature_extractor=None, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sd_folder(tmp_path_factory):
+    return make_sd(tmp_path_factory.mktemp("sd") / "v1")
+
+
+@pytest.fixture
+def pipe(sd_folder):
+    return synthesize.load_sd(str(sd_folder), "cpu")
+
+
+def test_names_of_classes():
+    for name in evaluate.NAMED:
+        assert len(set(evaluate.ID_SETS[name]["names"])) == evaluate.ID_SETS[name]["classes"]
+    names = evaluate.ID_SETS["cifar100"]["names"]
+    assert names == sorted(names) and [names[i] for i in (0, 47, 99)] == ["apple", "maple_tree", "worm"]
+    assert evaluate.ID_SETS["shapes"]["names"] == [f"{texture} {shape}" for shape in evaluate.SHAPES
+                                                   for texture in ("plain", "checked")]
+
+
+def test_an_outlier_takes_the_place_of_the_class(pipe):
+    """Whatever the length of its name. By its own embedding, the prompt of a class of one token is found again."""
+    table, ids = pipe.text_encoder.get_input_embeddings().weight.detach(), pipe.tokenizer("cat oak tree").input_ids
+    words = synthesize.class_words(pipe, ["cat", "oak_tree"])
+    cat, oak, tree = table[ids[1:4]]
+    assert len(ids) == 5 and torch.allclose(words[0], cat)                         # between the tokens of start and end
+    assert torch.allclose(F.cosine_similarity(words[1], oak + tree, dim=0), torch.tensor(1.0))
+    assert torch.allclose(words[1].norm(), (oak.norm() + tree.norm()) / 2)
+
+    embedded = []
+    first = next(layer for name, layer in pipe.text_encoder.named_modules() if name.endswith("layers.0"))
+    with first.register_forward_pre_hook(lambda layer, given: embedded.append(given[0])):
+        states = synthesize.prompt_states(pipe, words)
+        expected = pipe.encode_prompt("A high-quality image of the cat", "cpu", 1, False)[0]
+    assert states.shape == (2, 77, WORD) and torch.allclose(states[0], expected[0], atol=1e-5)
+    assert embedded[0][0].allclose(embedded[1][0], atol=1e-6)
+    difference = embedded[0][1] - embedded[1][0]                                   # of what goes in, for 'oak tree':
+    assert difference.norm(dim=1).nonzero().tolist() == [[8]]                      # start A high - quality image of the
+    assert torch.allclose(difference[8], words[1] - words[0], atol=1e-5)
+    changed = (states[1] - states[0]).norm(dim=1) > 1e-4
+    assert not changed[:8].any() and changed[8:].all()                             # the encoder looks back alone
+
+
+def test_plms_and_guidance_in_closed_form(pipe, tmp_path, monkeypatch):
+    """With a constant noise e every PLMS step is DDIM's: x = sqrt(a_0) x0 + sqrt(1 - a_0) e, x0 by the first step.
+
+    50 steps are 51 calls of the UNet, as in the PLMS of the release: the first step takes two to have a slope.
+    """
+    calls = []
+    def unet(z, t, encoder_hidden_states, **kwargs):
+        calls.append((len(z), t.item()))
+        e = torch.ones_like(z)
+        e[:len(z) // 2] = 0.5                                                      # without the prompt: the first half
+        return (e,)
+    monkeypatch.setattr(pipe.unet, "forward", unet)
+    found = synthesize.sd_latents(pipe, torch.ones(1, WORD), 7, tmp_path / "partial", {})
+    times = [981, 961, 961, *range(941, 0, -20)]
+    assert calls == [(2, t) for t in times] and len(calls) == 51
+    noise, e = torch.randn(1, 4, 8, 8, generator=rng(7)), 0.5 + 7.5 * (1 - 0.5)
+    a = (1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000).double() ** 2).cumprod(0)
+    x0 = (noise - (1 - a[981]).sqrt() * e) / a[981].sqrt()
+    assert torch.allclose(found, (a[0].sqrt() * x0 + (1 - a[0]).sqrt() * e).float(), rtol=1e-3, atol=1e-3)
+
+
+def test_an_outlier_changes_its_latent_alone_and_batches_nothing(pipe, tmp_path, monkeypatch):
+    words = torch.randn(3, WORD, generator=rng())
+    draw = lambda words, name: synthesize.sd_latents(pipe, words, 7, tmp_path / name, {})
+    found = draw(words, "a")
+    assert found.shape == (3, 4, 8, 8) and found.dtype == torch.float32 and found.isfinite().all()
+    other = torch.cat([words[:1], -words[1:2], words[2:]])
+    change = (draw(other, "b") - found).flatten(1).norm(dim=1) / found.flatten(1).norm(dim=1)
+    assert change[1] > 1e-3 and change[[0, 2]].max() < 1e-5
+    assert not torch.allclose(*draw(words[[0, 0]], "c"), atol=0.1)                 # one word, two starting noises
+
+    call, batches = type(pipe).__call__, []
+    def little_memory(self, **kwargs):
+        batches.append(len(kwargs["latents"]))
+        if batches[-1] > 2:
+            raise torch.OutOfMemoryError
+        return call(self, **kwargs)
+    monkeypatch.setattr(type(pipe), "__call__", little_memory)
+    assert torch.allclose(draw(words, "d"), found, atol=1e-4) and batches == [3, 2, 1]
+
+
+def test_stable_diffusion_goes_on_where_it_was_interrupted(pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(synthesize, "SD_BATCH", 2)
+    words, partial, batches = torch.randn(5, WORD, generator=rng()), tmp_path / "o.pt.partial", []
+    draw = lambda partial, words=words, options={"seed": "0"}: synthesize.sd_latents(pipe, words, 7, partial, options)
+    whole = draw(tmp_path / "whole")
+    call = type(pipe).__call__
+    def killed(self, **kwargs):
+        batches.append(len(kwargs["latents"]))
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return call(self, **kwargs)
+    monkeypatch.setattr(type(pipe), "__call__", killed)
+    with pytest.raises(KeyboardInterrupt):
+        draw(partial)
+    assert torch.load(partial, weights_only=True)["latents"].equal(whole[:2])
+    for changed in (dict(options={"seed": "1"}), dict(words=words + 0.1)):
+        with pytest.raises(SystemExit) as stop:
+            draw(partial, **changed)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(f"error: {partial} holds") and error.count("\n") == 1
+    assert draw(partial).equal(whole) and batches == [2, 2, 2, 1]
+    assert draw(partial).equal(whole) and len(batches) == 4                        # whole: nothing is drawn again
+
+
+def test_images_and_their_latents(pipe):
+    """The VAE's mean times v1's factor 0.18215, of images enlarged to its size, from -1 to 1; and back."""
+    images = torch.randint(256, (5, 3, 32, 32), generator=rng(), dtype=torch.uint8)
+    latents = synthesize.vae_encode(pipe, images)
+    with torch.no_grad():
+        enlarged = F.interpolate(images.float(), size=64, mode="bilinear") / 255 * 2 - 1
+        mean = pipe.vae.encode(enlarged).latent_dist.mean
+        assert latents.shape == (5, 4, 8, 8) and torch.allclose(latents, 0.18215 * mean, atol=1e-5)
+        decoded = (pipe.vae.decode(mean).sample + 1) / 2
+    assert torch.allclose(synthesize.vae_decode(pipe, latents), decoded, atol=1e-4)
+
+
+def test_alignment_turns_features_to_their_class(capsys):
+    """Features of 20 classes about a common mean, no direction of which is a word's: images held out follow."""
+    g = rng()
+    centres, words = torch.randn(20, 32, generator=g), 3 * torch.randn(20, 48, generator=g)
+    labels = torch.arange(20).repeat(30)
+    features = F.normalize(2 + centres[labels] + 0.5 * torch.randn(600, 32, generator=g), dim=1)
+    weight = synthesize.align(features[:400], labels[:400], words, rng())
+    cosine = F.normalize(features[400:] @ weight, dim=1) @ F.normalize(words, dim=1).T
+    assert weight.shape == (32, 48) and (cosine.argmax(1) == labels[400:]).float().mean() > 0.97
+    assert float(capsys.readouterr().out.split()[-1]) < 0.2                        # at temperature 1 it would be 2
+    assert weight.equal(synthesize.align(features[:400], labels[:400], words, rng()))
+    assert F.cross_entropy(cosine / 0.1, labels[400:]) < 0.2                       # uniform: log 20 = 3
+
+
+def test_ridge_is_least_squares_with_a_penalty():
+    g = rng()
+    x, y = torch.randn(50, 8, generator=g) + 3, torch.randn(50, 3, generator=g) - 2
+    weight, offset = synthesize.ridge(x, y, 0.3)
+    centred = (x - x.mean(0)).double()
+    penalty = 0.3 * torch.linalg.eigvalsh(centred.T @ centred).mean()
+    rows = torch.cat([centred, penalty.sqrt() * torch.eye(8).double()])            # the penalty as rows of zeros
+    expected = torch.linalg.lstsq(rows, torch.cat([(y - y.mean(0)).double(), torch.zeros(8, 3).double()])).solution
+    assert torch.allclose(weight.double(), expected, atol=1e-5)
+    assert torch.allclose((x @ weight + offset).mean(0), y.mean(0), atol=1e-4)
+    line = synthesize.ridge(x, x @ weight + offset, 1e-9)                          # a linear map is found again
+    assert torch.allclose(line[0], weight, atol=1e-4) and torch.allclose(line[1], offset, atol=1e-3)
+
+
+def test_stable_diffusion_from_the_command_line(tiny, sd_folder, tmp_path, monkeypatch, capsys):
+    """synthesize.py --generator sd: outliers.pt by its parts, the same bits again, a picture; the codes by the map."""
+    net = train.build("resnet_tiny", 8, 0)
+    torch.save(net.state_dict(), tmp_path / "ce.pt")
+    drawn, inner = [], synthesize.sd_latents
+    def sd_latents(pipe, words, *rest):
+        drawn.append((words, inner(pipe, words, *rest)))
+        assert Path(f"{len(drawn)}.pt.partial").exists()
+        return drawn[-1][1]
+    monkeypatch.setattr(synthesize, "sd_latents", sd_latents)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(evaluate.SHAPES_SIZES, "train", 120)                       # tiny restores them
+    monkeypatch.setattr(synthesize.align, "__defaults__", (100, 0.1))              # steps, temperature
+    for out, words in (("1", ["--show", "new/o.png"]), ("2", [])):
+        monkeypatch.setattr(sys, "argv", [
+            "synthesize.py", "ce.pt", "--out", f"{out}.pt", "--generator", "sd", "--sd-model", str(sd_folder),
+            "--sd-latents", "5", "--per-class", "3", "--device", "cpu", *words])
+        synthesize.main()
+    first, second = (torch.load(f"{name}.pt", weights_only=True) for name in "12")
+    assert first.keys() == second.keys() and all(first[key].equal(second[key]) for key in first)
+    assert not list(tmp_path.glob("*.partial*"))
+    assert "5 of 5 latents" in capsys.readouterr().out
+
+    words, raw = drawn[0]
+    assert first["boundary"].shape == (24, WORD) and first["latent"].dtype == torch.float32
+    assert first["boundary_labels"].tolist() == sorted(3 * list(range(8)))
+    lengths = synthesize.class_words(synthesize.load_sd(str(sd_folder), "cpu"), evaluate.ID_SETS["shapes"]["names"])
+    lengths = lengths.norm(dim=1)[first["latent_labels"]]
+    assert torch.allclose(words.norm(dim=1), lengths, rtol=1e-4)                   # a class's own outlier, as long as
+    nearest = (F.normalize(words, dim=1) @ first["boundary"].T).max(1)             # its word
+    assert nearest[0].min() > 0.9999 and first["boundary_labels"][nearest[1]].equal(first["latent_labels"])
+    assert first["released"].shape == (5, 8) and torch.allclose(first["released"], raw.mean((1, 2)), atol=1e-6)
+    assert Image.open("new/o.png").size == (5 * 66 + 2, 66 + 2)
+
+    # Where the latents are those of ID images, latent are the codes of these images, as well as a linear map can tell.
+    images = evaluate.load("shapes", "train")[0]
+    maps = torch.cat([maps for maps, _ in evaluate.stage2(net, images, "shapes", "cpu")])
+    codes = synthesize.encode(maps, first)
+    pipe = synthesize.load_sd(str(sd_folder), "cpu")
+    own = synthesize.vae_encode(pipe, images)
+    monkeypatch.setattr(synthesize, "sd_latents", lambda *given: own)
+    args = argparse.Namespace(dataset="shapes", device="cpu", per_class=3, sd_latents=5, out="none", show=None)
+    found = synthesize.synthesize_sd(pipe, net, images, evaluate.load("shapes", "train")[1], args, rng())["latent"]
+    x = F.interpolate(own, size=maps.shape[2:]).flatten(1)                         # 8 x 8 -> 16 x 16: pixels repeated
+    weight, offset = synthesize.ridge(x, codes)
+    assert found.shape == codes.shape and torch.allclose(found, x @ weight + offset, atol=1e-3)
+    told = 1 - (found - codes).square().mean() / codes.var(0).mean()
+    assert told > 0.3                                                              # of the variance of the codes
+    maps = synthesize.outlier_maps(maps[:4], first, 3, rng())                      # and they enter a network
+    assert maps.shape == (3, 32, 16, 16) and maps.isfinite().all()
+
+
+def test_features_as_wide_as_a_word_are_not_mapped(tiny, tmp_path, monkeypatch):
+    pipe = synthesize.load_sd(str(make_sd(tmp_path / "wide", 128)), "cpu")
+    net, (images, labels) = train.build("resnet_tiny", 8, 0), evaluate.load("shapes", "train")
+    args = argparse.Namespace(dataset="shapes", device="cpu", per_class=3, sd_latents=1, out="none", show=None)
+    monkeypatch.setattr(synthesize, "sd_latents", lambda *given: torch.zeros(1, 4, 8, 8))
+    found = synthesize.synthesize_sd(pipe, net, images, labels, args, rng())
+    expected = synthesize.boundary_outliers(evaluate.outputs(net, images, "shapes", "cpu")[1], labels, 3, rng())[0]
+    assert torch.allclose(found["boundary"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("absent, model, says", [(["diffusers"], "any", "pip install diffusers transformers"),
+                                                 ([], "nowhere", "--sd-model nowhere cannot be loaded")])
+def test_without_diffusers_or_a_model(absent, model, says, tmp_path, monkeypatch, capsys):
+    if not absent:
+        pytest.importorskip("diffusers", reason="--generator sd is optional: pip install diffusers")
+    for name in absent:
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "nowhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    torch.save(train.build("resnet_tiny", 8, 0).state_dict(), "ce.pt")
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", "ce.pt", "--generator", "sd", "--sd-model", model, "--device",
+                                      "cpu"])
+    with pytest.raises(SystemExit) as stop:
+        synthesize.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.splitlines()[-1].startswith("error: ") and says in error.splitlines()[-1]
+    assert error.count("\n") == 1 and not Path("outliers.pt").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

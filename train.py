@@ -11,7 +11,6 @@ on from there; outliers synthesised from the network's features (synthesize.py);
 outliers (losses.py); network and student measured side by side (evaluate.py). An ablation is a weight of 0: `--w-kd 0`
 trains without logit distillation. Without both distillations there is no teacher.
 """
-import argparse
 import contextlib
 import json
 import math
