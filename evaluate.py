@@ -601,7 +601,7 @@ def tables(runs):
     rows = {}  # label -> {seed, or number of the run: entry of results.json's models}
     for i, (results, words) in enumerate(zip(runs, commands)):
         for name, entry in results["models"].items():
-            options = f"`{' '.join(words[len(base):])}`" if words[len(base):] else "no option"
+            options = f"`{' '.join(words[len(base):])}`" if words[len(base):] else "student"
             label = (name if "seed" not in results else options if name == "oal" else
                      f"start: cross-entropy, {results['arch']}")
             held = rows.setdefault(label, {}).setdefault(results.get("seed", f"run {i}"), entry)

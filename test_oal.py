@@ -5,6 +5,7 @@
 Numbers, not shapes alone: closed forms, brute-force twins, files as users have them, whole runs to the same bits.
 """
 import argparse
+import contextlib
 import csv
 import inspect
 import io
@@ -1153,6 +1154,9 @@ def test_what_cannot_be_read_is_an_error(words, locked, tmp_path, monkeypatch, c
     (train, "--size 48", "48"), (train, "--size 64", "--size 64"),
     (evaluate, "x.pt --dataset cifar10 --size 128", "--size 128"), (evaluate, "x.pt --dataset moon", "moon"),
     (synthesize, "x.pt --dataset moon", "moon"), (train, "--w-boundary 1", "--w-boundary"),
+    (train, "--outliers no.pt", "no.pt"), (train, "--latent-file no.pt", "--recipe released"),
+    (train, "--recipe released --boundary-file no.npy", "no.npy"),
+    (train, "--recipe released --latent-file no.pt", "no.pt"),
     (train, "--recipe best", "best"), (evaluate, "--collect no.json", "no.json"),
     (synthesize, "x.pt --per-class none", "whole number"), (synthesize, "x.pt --show x.abc", "--show"),
     *((program, "x.pt --device meta"[5 * (program is train):], "meta") for program in (train, evaluate, synthesize))])
@@ -1418,13 +1422,86 @@ def test_every_ablation_changes_the_student(tiny, tmp_path, monkeypatch):
         tiny(tmp_path / f"seed{seed}", *shared, "--seed", seed)
     lines = list(evaluate.collect([tmp_path / run / "results.json" for run in ("default", "seed1", "seed2", "3", "4")]))
     load = lambda run, name: json.loads((tmp_path / run / "results.json").read_text())["models"][name]
-    rows = [line[2:].split(" | ") for line in lines if line.startswith(("| start", "| no option", "| `--"))]
-    assert [row[:2] for row in rows[:4]] == [["start: cross-entropy, resnet_tiny", "3"], ["no option", "3"],
+    rows = [line[2:].split(" | ") for line in lines if line.startswith(("| start", "| student", "| `--"))]
+    assert [row[:2] for row in rows[:4]] == [["start: cross-entropy, resnet_tiny", "3"], ["student", "3"],
                                              ["`--outliers noise`", "1"], ["`--w-kd 0`", "1"]]
     near = [load(run, "oal")["scores"]["ebo"]["near"]["auroc"] for run in ("default", "seed1", "seed2")]
     assert lines[0] == "cells: ebo / fdbd / micl"
     assert rows[1][3].split(" / ")[0] == f"{np.mean(near):.1f}±{np.std(near, ddof=1):.1f}"
     assert rows[2][5].split(" / ")[2] == f"{load('3', 'oal')['scores']['micl']['far']['auroc']:.1f}"
+
+
+def test_the_released_recipe_is_that_of_released_md(tiny, tmp_path, monkeypatch, capsys):
+    """Rates, epochs, layers and draws; one step against loops over pairs; the best epoch on validation images."""
+    groups, sgd = [], torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda given, **more: groups.append(([*map(dict, given)], more))
+                        or sgd(given, **more))
+    np.save(tmp_path / "b.npy", np.random.default_rng(0).normal(size=(8, 6, 768)).astype(np.float32))
+    latents = torch.randn(20, 3, 64, 64, generator=rng())
+    torch.save(latents, tmp_path / "l.pt")
+    files = "--boundary-file", tmp_path / "b.npy", "--latent-file", tmp_path / "l.pt"
+    tiny(tmp_path / "a", "--recipe", "released", "--epochs", 1, *files)
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    outliers = torch.load(tmp_path / "a" / "outliers.pt", weights_only=True)
+    assert outliers["boundary"].equal(torch.from_numpy(np.load(tmp_path / "b.npy")).reshape(48, 768))
+    assert outliers["latent"].shape == (60, 64) and outliers["boundary_labels"].bincount().tolist() == [6] * 8
+    assert torch.allclose(outliers["latent"][4], latents[1, 1].mean(0)) and "basis" not in outliers  # nothing was made
+    given, rates = groups[-1]
+    assert [{**rates, **group}["lr"] for group in given] == [0.005, 0.01, 1e-4, 1e-4] and len(groups) == 3
+    assert rates == dict(lr=0.005, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    assert results["options"]["oal_epochs"] == 1 and train.RECIPES["released"]["oal_epochs"] == 100
+    torch.save(latents[:, :2], tmp_path / "l.pt")                                   # neither of the two shapes
+    np.save(tmp_path / "b.npy", np.zeros((6, 768)))
+    for words, says in ((files[:2], "b.npy does not hold"), (files[2:], "l.pt does not hold")):
+        with pytest.raises(SystemExit):
+            tiny(tmp_path / "b", "--recipe", "released", *words)
+        assert says in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+    net, teacher = models.build("resnet_tiny", 8), models.build("resnet_tiny", 8).eval()
+    outliers = {"boundary": torch.randn(20, 768, generator=rng(1)), "latent": torch.randn(20, 64, generator=rng(2))}
+    args = argparse.Namespace(dataset="shapes", device="cpu", batch=16, rank=0, world=1, weights=outliers)
+    heads, terms = train.released_terms(net, teacher, outliers, None, None, args, rng(3))
+    layers = lambda part: [(one.in_features, one.out_features) for one in part if isinstance(one, torch.nn.Linear)]
+    assert layers(heads["boundary"].mean) == layers(heads["boundary"].log_var) == [(768, 256), (256, 128)]
+    assert layers(heads["latent"].mean) == [(64, 32), (32, 16), (16, 256), (256, 128)]
+    assert layers(heads["latent"].log_var) == [(64, 256), (256, 128)]
+    x, y = evaluate.load("shapes", "val")
+    x, y, g = x[:10], y[:10], rng(3)
+    with torch.no_grad():
+        found = terms(x, y)
+        logits, h = net(evaluate.normalize(x, "shapes"), return_feature=True)
+        for kind in ("boundary", "latent"):
+            drawn = outliers[kind][torch.randperm(20, generator=g)[:16]][:10]      # of a whole batch, the first ten
+            mean, log_var = heads[kind].mean(drawn), heads[kind].log_var(drawn)
+            log_q = torch.stack([-0.5 * ((h[j] - mean) ** 2 / log_var.exp() + log_var).sum(1) for j in range(10)], 1)
+            assert torch.allclose(found[kind], log_q.diag().mean() - log_q.mean(), atol=1e-4)
+        p, q = teacher(evaluate.normalize(x, "shapes")).softmax(1), logits.softmax(1)
+        kd = sum(p[i, c] * (p[i, c] / q[i, c]).log() for i in range(10) for c in range(8)) / 10
+        assert torch.allclose(found["kd"], kd, atol=1e-5) and torch.allclose(found["ce"], F.cross_entropy(logits, y))
+    picked = train.draw(torch.arange(5.0)[:, None], 16, args, rng(), twice=False).flatten().long()
+    assert sorted(picked.bincount().tolist()) == [3, 3, 3, 3, 4]                   # none again before all have come
+
+    # From the second epoch on it is trained to err: the first is the best, and is kept, also over an interruption.
+    args = argparse.Namespace(dataset="shapes", device="cpu", batch=16, rank=0, world=1, crop=1, oal_epochs=3,
+                              oal_lr=0.05, out=tmp_path, options={"a": 1}, digest=0, seconds={"oal": 0.0})
+    x, _ = evaluate.load("shapes", "train")
+    y = (x.float().mean((1, 2, 3)) > 127).long()                                   # bright or dark is soon learned
+    (tmp_path / "checkpoint.pt").touch()
+    kept, calls, save = [], [], train.save_checkpoint
+    def wrong_later(x, y):
+        calls.append(1)
+        return {"ce": F.cross_entropy(net(evaluate.normalize(x, "shapes")), y if len(calls) <= 19 else 1 - y)}
+    def saved(state, args):
+        save(state, args)
+        kept.append({name: value.clone() for name, value in state["net"].items()})
+        if len(kept) == 2:
+            raise RuntimeError("killed")
+    monkeypatch.setattr(train, "save_checkpoint", saved)
+    for attempt in range(2):
+        with contextlib.nullcontext() if attempt else pytest.raises(RuntimeError):
+            train.train("oal", net, {}, wrong_later, {"ce": 1.0}, x, y, args, rng(), val=(x, y))
+    assert len(kept) == 3 and all(net.state_dict()[name].equal(kept[0][name]) for name in kept[0])
+    assert not net.state_dict()["conv1.weight"].equal(kept[2]["conv1.weight"])
 
 
 def test_a_step_of_the_student(monkeypatch):
@@ -1562,12 +1639,32 @@ train.main()
     assert moved > 0.9
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tiny, tmp_path, capsys):
+def test_a_folder_belongs_to_one_run(tiny, tmp_path, monkeypatch, capsys):
+    """A loss that is not finite ends the run; its folder is then resumed by the same options and images alone."""
+    def says(*words):
+        with pytest.raises(SystemExit) as stop:
+            tiny(tmp_path / "a", *words)
+        assert stop.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    error = says("--w-kd", "1e300")
+    assert error.startswith("error: the loss is not finite at oal step 0: ce ") and "sum inf" in error
+    assert "another run's ce.pt, checkpoint.pt, " in says()
+    assert "other options (seed, w_kd)" in says("--resume", "--seed", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(evaluate.SHAPES_SIZES, "train", 301)
+        assert "other training images" in says("--resume", "--w-kd", "1e300")
+    assert "not finite at oal step 0" in says("--resume", "--w-kd", "1e300")
+
+    # Of runs that begin at once in one folder, the first to create checkpoint.pt has it; one killed then can go on.
+    monkeypatch.setattr(train, "wait", lambda args: args.out.mkdir() or (args.out / "checkpoint.pt").touch())
     with pytest.raises(SystemExit) as stop:
-        tiny(tmp_path / "a", "--w-kd", "1e300")
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "sum inf" in error
-    assert error.startswith("error: the loss is not finite at oal step 0: ce ")
+        tiny(tmp_path / "b")
+    assert stop.value.code == 2 and "another run's checkpoint.pt" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["checkpoint.pt"]
+    monkeypatch.setattr(train, "wait", lambda args: None)
+    tiny(tmp_path / "b", "--resume", *"--w-kd 0 --w-feat 0 --w-latent 0".split())
+    assert (tmp_path / "b" / "results.json").exists()
 
 
 @pytest.mark.parametrize("recipe", ["oal", "released"])
