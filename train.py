@@ -81,14 +81,13 @@ def run(args, saved):
     """The method, from the images to results.json; saved: what checkpoint.pt holds of an earlier attempt, or {}."""
     ce, teacher, images, labels, sets, missing = load_inputs(args)
     if saved and saved["images"] != args.digest:
-        evaluate.fail(f"{args.out} holds a run with other training images: bring them back, or name another folder "
-                      "with --out")
+        evaluate.fail(f"{args.out} holds a run with other training images: bring them back, or name another --out")
     args.seconds, given = saved.get("seconds", args.seconds), given_outliers(args, ce)
     if not saved:
         save_checkpoint({"stage": "start"}, args)
 
-    # 1. The cross-entropy network: the baseline, the student's start.
-    if not (args.out / "ce.pt").exists():  # else: a resumed run
+    # 1. The cross-entropy network: the baseline, the student's start. A file that is there is a resumed run's.
+    if not (args.out / "ce.pt").exists():
         if not args.ce:
             train("ce", ce, *ce_terms(ce, args), {"ce": 1.0}, images, labels, args, generator(args.seed, "ce"))
         save(ce.state_dict(), args, "ce.pt")
@@ -110,13 +109,12 @@ def run(args, saved):
     if needed:
         if not (args.out / "outliers.pt").exists():
             begun = time.perf_counter()
-            if not needed <= given.keys():
-                given = {**synthesize.synthesize(ce, images, labels, args.dataset, args.per_class,
-                                                 args.diffusion_steps, generator(args.seed, "synthesize"), args.device),
-                         **given}
+            made = {} if needed <= given.keys() else synthesize.synthesize(
+                ce, images, labels, args.dataset, args.per_class, args.diffusion_steps,
+                generator(args.seed, "synthesize"), args.device)
             args.seconds["synthesize"] = time.perf_counter() - begun
             save_checkpoint({"stage": "synthesize"}, args)
-            save(given, args, "outliers.pt")
+            save({**made, **given}, args, "outliers.pt")
         outliers = torch.load(args.out / "outliers.pt", map_location=args.device, weights_only=True)
 
     # 4. The student, which starts as the cross-entropy network.
@@ -138,8 +136,7 @@ def run(args, saved):
         dist.destroy_process_group()
     if args.rank:
         return
-    begun = time.perf_counter()
-    found = {}
+    begun, found = time.perf_counter(), {}
     for name, net in (("ce", ce), ("oal", student)):
         ref = evaluate.reference(net, args.dataset, images, args.device)
         found[name], _ = evaluate.evaluate(net, sets, args.dataset, args.device, list(evaluate.SCORES), ref)
@@ -169,8 +166,7 @@ def parse_args():
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
     parser.add_argument("--teacher", metavar="FILE", help="distil from this network and train no teacher; one of the "
                         "student's arch must have grown from --ce, since maps are matched unit by unit")
-    parser.add_argument("--recipe", choices=RECIPES, default="oal", help="the student's objective; released: the "
-                        "paper's code")
+    parser.add_argument("--recipe", choices=RECIPES, default="oal", help="released: the student of the paper's code")
     parser.add_argument("--peer", choices=PEERS, help="train the student by this method in place of OAL")
     parser.add_argument("--outliers", default="diffusion", metavar="{diffusion,noise,FILE}", help="noise: Gaussian "
                         "noise in place of latents, to compare; FILE: an outliers.pt that was made from the same --ce")
@@ -203,8 +199,7 @@ def parse_args():
     args.out = Path(args.out or f"runs/{os.path.basename(os.path.abspath(args.dataset))}")
     args.rank, args.world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
     if args.world > (1 if args.benchmark else args.batch // 4):
-        evaluate.fail(f"{args.world} processes are too many: --benchmark takes 1, a batch of {args.batch} at most "
-                      f"{args.batch // 4}")
+        evaluate.fail(f"{args.world} processes are too many: --benchmark takes 1, else {args.batch // 4} at most")
     return args
 
 
@@ -246,8 +241,7 @@ def load_inputs(args):
     teacher = evaluate.load_network(args.teacher, classes) if args.teacher else None
     images, labels = evaluate.load(args.dataset, "train", args.data_root)
     if labels.bincount(minlength=classes).min() < 2:
-        evaluate.fail(f"the training set of {args.dataset} in {args.data_root} is too small: it needs 2 images of each "
-                      "class")
+        evaluate.fail(f"the training set of {args.dataset} is too small: each class needs 2 images")
     args.digest = zlib.crc32(labels.numpy().data, zlib.crc32(images.contiguous().numpy().data))
     args.batch = min(args.batch, len(images))
     for net in [ce] * bool(args.ce) + [teacher] * bool(teacher):
@@ -480,9 +474,15 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, 
         g.set_state(saved["generator"])
         step, order, best = saved["step"], saved["order"], saved["best"]
 
-    signals = []  # Under torchrun the processes would stop at different steps: there a signal ends all at once.
-    handlers = {number: signal.signal(number, lambda number, frame: signals.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM) if keep and args.world == 1}
+    signals = []
+
+    def noted(number, frame):
+        signals.append(number)
+        signal.signal(number, handlers[number])  # a second one ends the run at once
+
+    # Under torchrun the processes would stop at different steps: there the first does.
+    handlers = {number: signal.signal(number, noted) for number in (signal.SIGINT, signal.SIGTERM)
+                if keep and args.world == 1}
     begun, unread = time.perf_counter(), []  # terms of the last steps: to read them is to wait for the device
     while step < steps:
         i = step % per_epoch
@@ -535,12 +535,10 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, 
 
 def check_finite(stage, first_step, names, values):
     """Ends the run if a value [steps, terms and their weighted sum] is not finite, naming the first such step."""
-    bad = (~torch.isfinite(values)).any(1).nonzero()
-    if len(bad):
-        row = values[bad[0, 0]].tolist()
-        evaluate.fail(f"the loss is not finite at {stage} step {first_step + bad[0, 0].item()}: "
-                      f"{', '.join(f'{name} {value}' for name, value in zip(names, row))}; lower a --w-* weight, or "
-                      "try another --seed")
+    for step, row in enumerate(values.tolist(), first_step):
+        if not all(map(math.isfinite, row)):
+            evaluate.fail(f"the loss is not finite at {stage} step {step}: "
+                          f"{', '.join(f'{name} {value}' for name, value in zip(names, row))}; lower a --w-* weight")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
