@@ -479,6 +479,7 @@ SCORES = {
     # Negative free energy (Liu et al., arXiv 2010.03759, equation 4, T = 1; the score of OAL's paper).
     "ebo": lambda logits, features, ref: logits.logsumexp(1),
     "knn": knn, "fdbd": fdbd, "micl": micl}
+NEED_TRAINING_SET = ("knn", "fdbd", "micl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -746,6 +747,10 @@ def main():
     if args.plot and not (args.plot.lower().endswith((".png", ".pdf", ".svg")) and find_spec("matplotlib")):
         fail(f"--plot {args.plot}: the file must end in .png, .pdf or .svg, and matplotlib must be installed")
     start, scores, columns = time.perf_counter(), list(SCORES) if args.score == "all" else [args.score], {}
+    train_list = Path(args.data_root) / "benchmark_imglist" / args.dataset / f"train_{args.dataset}.txt"
+    if args.score == "all" and train_list.parent.is_dir() and not train_list.is_file():
+        scores = [score for score in scores if score not in NEED_TRAINING_SET]
+        print(f"no {train_list}: {', '.join(NEED_TRAINING_SET)} left out", file=sys.stderr)
     sets, missing = load_benchmark(args.dataset, args.data_root, args.ood)
     if len(sets) == 1:
         fail(f"no OOD set for {args.dataset} ({', '.join(missing) or 'none'} missing): name folders with --ood")

@@ -189,6 +189,23 @@ def test_list_cache(tmp_path, capsys):
     assert read()[:, 0, 0, 0].tolist() == [7, 14, 21, 28, 35] and decoded() and list(cache.parent.iterdir()) == [cache]
 
 
+def test_without_a_training_list_the_scores_that_need_none_are_left(tmp_path, monkeypatch, capsys):
+    root = openood_tree(tmp_path / "data")
+    (root / "benchmark_imglist" / "cifar100" / "train_cifar100.txt").unlink()
+    torch.save(models.build("resnet_tiny", 100).state_dict(), tmp_path / "net.pt")
+    words = "evaluate.py net.pt --dataset cifar100 --data-root data --device cpu --out e"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", words.split())
+    evaluate.main()
+    found = json.loads((tmp_path / "e" / "results.json").read_text())["models"]["net"]["scores"]
+    assert list(found) == ["msp", "mls", "ebo"]
+    assert "train_cifar100.txt: knn, fdbd, micl left out" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--score", "micl"])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 2 and "train_cifar100.txt" in capsys.readouterr().err
+
+
 def test_a_users_folder_never_takes_a_sets_place(tmp_path, monkeypatch):
     root = openood_tree(tmp_path / "root")
     save_png(tmp_path / "svhn" / "0.png", 200)
