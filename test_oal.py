@@ -1424,9 +1424,10 @@ def test_every_ablation_changes_the_student(tiny, tmp_path, monkeypatch):
     drawn = torch.load(tmp_path / "again" / "outliers.pt", weights_only=True)           # enough of the diffusion model
     monkeypatch.setattr(synthesize, "synthesize", lambda *words: drawn)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
-    for i, words in enumerate(("--recipe released", "--recipe released --w-boundary 0",
-                               "--recipe released --w-boundary 0 --w-latent 0", "--outliers noise", "--w-kd 0",
-                               "--w-feat 0", "--w-latent 0", "--w-kd 0 --w-feat 0", "--peer vos", "--peer logitnorm",
+    released = "--recipe released --epochs 2"
+    for i, words in enumerate((released, f"{released} --w-boundary 0", f"{released} --w-boundary 0 --w-latent 0",
+                               "--outliers noise", "--w-kd 0", "--w-feat 0", "--w-latent 0", "--w-kd 0 --w-feat 0",
+                               "--peer vos", "--peer logitnorm",
                                f"--teacher {tmp_path}/default/ce.pt", f"--teacher {tmp_path}/small.pt")):
         tiny(tmp_path / str(i), *shared, *words.split())
         students.append(torch.load(tmp_path / str(i) / "student.pt", weights_only=True)["conv1.weight"])
