@@ -57,7 +57,6 @@ ID_SETS = {"shapes": dict(classes=8, names=[f"{texture} {shape}" for shape in ("
            "cifar100": dict(classes=100, names=CIFAR100, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761),
                             groups={"near": ("cifar10", "tin"), "far": CIFAR_FAR})}
 NAMED = tuple(ID_SETS)
-VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
 
 
 def fail(message):
@@ -69,7 +68,8 @@ def fail(message):
 def run(main):
     """Runs a program. What the system refuses ends it in one line, a signal or a reader that has gone in none."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.stdout.reconfigure(errors="surrogateescape")  # a file name that is not UTF-8 is printed as it is
+    if sys.stdout:  # a file name that is not UTF-8 is printed as it is
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         main()
         sys.stdout.flush()
@@ -223,7 +223,7 @@ def files_below(folder, above=()):
         names = os.listdir(folder) if here not in above else []
     except OSError:
         return [folder]  # decode says that it cannot be read
-    return sum((files_below(folder / name, (*above, here)) if (folder / name).is_dir() else [folder / name]
+    return sum((files_below(folder / name, (*above, here)) if os.path.isdir(folder / name) else [folder / name]
                 for name in names), [])
 
 
@@ -233,7 +233,7 @@ def read_folder(folder, size=SIZE):
     if not Path(folder).is_dir():
         fail(f"{folder} is not a folder: name one that holds images")
     seen = files_below(Path(folder))
-    paths = sorted(path for path in seen if path.name.lower().endswith(endings) or path.is_dir())
+    paths = sorted(path for path in seen if path.name.lower().endswith(endings) or os.path.isdir(path))
     good, bad = decode(paths, size)
     for path, reason in bad.items():
         print(f"unreadable: {path} ({reason})", file=sys.stderr)
@@ -593,22 +593,27 @@ def tables(runs):
     """results.json dicts -> the lines of two Markdown tables, means with standard deviations (n - 1) over a row's runs.
 
     By ebo, fdbd and micl where all networks were measured by them, else by every score that all were measured by.
-    A row is the student of one command, whatever words are of a run, under those that not all commands begin with. The
-    starts, one a seed, are a row of their own; a network measured by evaluate.py has a row under its name.
+    A row is the student of one set of options, whatever the seed and the shared networks, under the words that not all
+    commands begin with. The starts, one a seed, are a row of their own, as is a network measured by evaluate.py.
     """
     of_a_run = r" --(resume|(seed|out|data-root|device|ce|teacher)[ =]('[^']*'|\S+))(?= |$)"
     commands = [re.sub(of_a_run, "", results["command"]).replace("=", " ").split() for results in runs]
     base = os.path.commonprefix([words for words in commands if words[0] == "train.py"])
-    rows = {}  # label -> {seed, or number of the run: entry of results.json's models}
+    base = base[:-1] if base and base[-1].startswith("--") else base  # its value is not common
+    rows = {}  # what makes a row -> (its name, {seed, or number of the run: entry of results.json's models})
     for i, (results, words) in enumerate(zip(runs, commands)):
         for name, entry in results["models"].items():
-            options = f"`{' '.join(words[len(base):])}`" if words[len(base):] else "student"
-            label = (name if "seed" not in results else options if name == "oal" else
-                     f"start: cross-entropy, {results['arch']}")
-            held = rows.setdefault(label, {}).setdefault(results.get("seed", f"run {i}"), entry)
-            if held["id_acc"] != entry["id_acc"]:
+            options = {**results.get("options", {}), "seed": 0, "ce": 0, "teacher": 0}
+            key, label = (name, str(options)), f"`{' '.join(words[len(base):])}`" if words[len(base):] else "student"
+            if "seed" not in results:  # of evaluate.py: runs whose commands differ in numbers alone
+                key, label = (name, re.sub(r"\d+", "", results["command"])), name
+            elif name == "ce":
+                key, label = (name, results["arch"]), f"start: cross-entropy, {results['arch']}"
+            held = rows.setdefault(key, (label, {}))[1].setdefault(results.get("seed", f"run {i}"), entry)
+            if held["id_acc"] != entry["id_acc"] or name != "ce" and held != entry:  # a start is measured once a row
                 fail(f"two runs with different figures are seed {results.get('seed')} of {label}: leave one out")
-    entries = [entry for row in rows.values() for entry in row.values()]
+    rows = list(rows.values())
+    entries = [entry for _, row in rows for entry in row.values()]
     common = [score for score in SCORES if all(score in entry["scores"] for entry in entries)]
     scores = [score for score in common if score in ("ebo", "fdbd", "micl")] or common
     sets, *others = ({name: found["n"] for name, found in entry["scores"][scores[0]]["sets"].items()}
@@ -625,7 +630,7 @@ def tables(runs):
                 "near FPR95", "far AUROC", "far FPR95"), "|---" * 7 + "|"]
     by_set = ["", line("AUROC", *(f"{title(name, sets)} ({n})" for name, n in sets.items())),
               "|---" * (1 + len(sets)) + "|"]
-    for name, row in rows.items():
+    for name, row in rows:
         found = [[entry["scores"][score] for score in scores] for entry in row.values()]
         by_group.append(line(name, len(row), cell([entry["id_acc"] for entry in row.values()]), *(
             cell([[one[group][metric] for one in run] for run in found]) if group in found[0][0] else ""
@@ -649,7 +654,8 @@ def plot(path, columns, tpr):
     """{heading: {set: conf [N]}} -> a picture of histograms: a row per OOD set, ID beside it, the threshold, AUROC."""
     from matplotlib.figure import Figure
     names = [name for name in next(iter(columns.values())) if name != "id"]
-    readable = lambda text: text.encode(errors="replace").decode()  # a file name that is not UTF-8 cannot be drawn
+    # A file name that is not UTF-8 cannot be drawn, and a dollar would begin a formula.
+    readable = lambda text: text.encode(errors="replace").decode().replace("$", r"\$")
     figure = Figure(figsize=(3.2 * len(columns), 1.6 * len(names)))
     axes = figure.subplots(len(names), len(columns), squeeze=False)
     for row, name in zip(axes, names):
@@ -668,9 +674,11 @@ def plot(path, columns, tpr):
     write(path, picture.getvalue())
 
 
-def describe(dataset):
-    """What results.json says of the ID set: its name, and the names of a folder's classes."""
-    return {"dataset": dataset, **({} if dataset in NAMED else {"classes": ID_SETS[dataset]["names"]})}
+def describe(program, args):
+    """What results.json says of every run: the ID set, the names of its classes, the command, the device, versions."""
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
+    return {"dataset": args.dataset, "classes": ID_SETS[args.dataset]["names"],
+            "command": shlex.join([program, *sys.argv[1:]]), "device": args.device, "versions": versions}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -733,8 +741,9 @@ def main():
     if args.collect:
         print("\n".join(collect(args.collect)))
         return
-    if not args.checkpoints or args.flag and len(args.checkpoints) > 1:
-        fail("checkpoints: name one file of weights, or several without --flag, or runs with --collect")
+    if not args.checkpoints or args.flag and (len(args.checkpoints) > 1 or args.plot or args.ood):
+        fail("checkpoints: name one or more files of weights, one alone for --flag without --plot and --ood, or runs "
+             "with --collect")
     check_common(args)
     classes, nets = id_set(args)["classes"], {}
     for path in args.checkpoints:
@@ -744,7 +753,7 @@ def main():
     results_path = Path(args.out) / "results.json"
     if results_path.exists() and '"command": "evaluate.py' not in results_path.read_text(errors="replace"):
         fail(f"{results_path} holds another program's results: name another folder with --out")
-    if args.plot and not (args.plot.lower().endswith((".png", ".pdf", ".svg")) and find_spec("matplotlib")):
+    if args.plot and not (Path(args.plot).suffix.lower() in (".png", ".pdf", ".svg") and find_spec("matplotlib")):
         fail(f"--plot {args.plot}: the file must end in .png, .pdf or .svg, and matplotlib must be installed")
     start, scores, columns = time.perf_counter(), list(SCORES) if args.score == "all" else [args.score], {}
     train_list = Path(args.data_root) / "benchmark_imglist" / args.dataset / f"train_{args.dataset}.txt"
@@ -754,8 +763,7 @@ def main():
     sets, missing = load_benchmark(args.dataset, args.data_root, args.ood)
     if len(sets) == 1:
         fail(f"no OOD set for {args.dataset} ({', '.join(missing) or 'none'} missing): name folders with --ood")
-    results = {**describe(args.dataset), "command": shlex.join(["evaluate.py", *sys.argv[1:]]), "device": args.device,
-               "versions": VERSIONS, "missing": missing, "models": {}}
+    results = {**describe("evaluate.py", args), "missing": missing, "models": {}}
     for name, net in nets.items():
         ref, _ = reference_and_critic(net, scores, args)
         results["models"][name], conf = evaluate(net, sets, args.dataset, args.device, scores, ref)

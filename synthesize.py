@@ -11,6 +11,7 @@
 Or, with `--generator sd` and a GPU, the latents of Stable Diffusion, as in the paper: `synthesize_sd`.
 `gaussian_outliers` are those of VOS, a peer.
 """
+import contextlib
 import io
 import math
 from pathlib import Path
@@ -332,10 +333,12 @@ def sd_latents(pipe, words, seed, partial, options):
     shape = pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size
     done, batch = torch.empty(0, *shape), SD_BATCH
     if partial.exists():
-        saved = torch.load(partial, weights_only=True)
-        if saved["options"] != options or not torch.allclose(saved["words"], words, 1e-3, 1e-3 * words.std().item()):
+        with contextlib.suppress(Exception):  # cut short, or another program's
+            saved = torch.load(partial, weights_only=True)
+            if saved["options"] == options and torch.allclose(saved["words"], words, 1e-3, 1e-3 * words.std().item()):
+                done = saved["latents"]
+        if not len(done):
             evaluate.fail(f"{partial} holds latents of other options or another network: remove it, or repeat those")
-        done = saved["latents"]
     while len(done) < len(words):
         rows = range(len(words))[len(done):len(done) + batch]
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in rows])
@@ -442,12 +445,12 @@ def show(path, outliers, features, images, labels, rows=8, neighbours=9):
 
     The first column is the image nearest to the class's mean feature, for comparison.
     """
-    features = F.normalize(features, dim=1)
-    grid = []
+    features, grid = F.normalize(features, dim=1), []
     for label in outliers["boundary_labels"].unique()[:rows]:
         mean = features[labels == label].mean(0)
         outlier = outliers["boundary"][outliers["boundary_labels"] == label][0]
-        grid += [images[(features @ mean).argmax()], *images[(features @ outlier).topk(neighbours)[1]]]
+        nearest = (features @ outlier).topk(min(neighbours, len(images)))[1]
+        grid += [images[(features @ mean).argmax()], *images[nearest]]
     save_picture(path, F.interpolate(torch.stack(grid).float() / 255, scale_factor=2), neighbours + 1)
 
 

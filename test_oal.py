@@ -1422,6 +1422,9 @@ def test_every_ablation_changes_the_student(tiny, tmp_path, monkeypatch):
         again, first = (torch.load(tmp_path / run / f"{name}.pt", weights_only=True) for run in ("again", "default"))
         assert all(again[key].equal(first[key]) for key in first)
     drawn = torch.load(tmp_path / "again" / "outliers.pt", weights_only=True)           # enough of the diffusion model
+    tiny(tmp_path / "file", *shared, "--outliers", tmp_path / "default" / "outliers.pt")
+    file = torch.load(tmp_path / "file" / "student.pt", weights_only=True)
+    assert all(file[key].equal(value) for key, value in torch.load(tmp_path / "again" / "student.pt").items())
     monkeypatch.setattr(synthesize, "synthesize", lambda *words: drawn)
     students = [torch.load(tmp_path / "default" / "student.pt", weights_only=True)["conv1.weight"]]
     released = "--recipe released --epochs 2"
@@ -1469,7 +1472,7 @@ def test_the_released_recipe_is_that_of_released_md(tiny, tmp_path, monkeypatch,
     assert rates == dict(lr=0.005, momentum=0.9, nesterov=True, weight_decay=5e-4)
     assert results["options"]["oal_epochs"] == 1 and train.RECIPES["released"]["oal_epochs"] == 100
     torch.save(latents[:, :2], tmp_path / "l.pt")                                   # neither of the two shapes
-    np.save(tmp_path / "b.npy", np.zeros((6, 768)))
+    np.save(tmp_path / "b.npy", np.zeros((6, 7, 768)))                              # 6 classes, not 8
     for words, says in ((files[:2], "b.npy does not hold"), (files[2:], "l.pt does not hold")):
         with pytest.raises(SystemExit):
             tiny(tmp_path / "b", "--recipe", "released", *words)
@@ -1496,15 +1499,15 @@ def test_the_released_recipe_is_that_of_released_md(tiny, tmp_path, monkeypatch,
         p, q = teacher(evaluate.normalize(x, "shapes")).softmax(1), logits.softmax(1)
         kd = sum(p[i, c] * (p[i, c] / q[i, c]).log() for i in range(10) for c in range(8)) / 10
         assert torch.allclose(found["kd"], kd, atol=1e-5) and torch.allclose(found["ce"], F.cross_entropy(logits, y))
-    picked = train.draw(torch.arange(5.0)[:, None], 16, args, rng(), twice=False).flatten().long()
+    picked = train.draw(torch.arange(5.0)[:, None], 16, args, rng(), replacement=False).flatten().long()
     assert sorted(picked.bincount().tolist()) == [3, 3, 3, 3, 4]                   # none again before all have come
 
     # From the second epoch on it is trained to err: the first is the best, and is kept, also over an interruption.
     args = argparse.Namespace(dataset="shapes", device="cpu", batch=16, rank=0, world=1, crop=1, oal_epochs=3,
                               oal_lr=0.05, out=tmp_path, options={"a": 1}, digest=0, seconds={"oal": 0.0})
+    train.save_checkpoint({"stage": "claim"}, args)
     x, _ = evaluate.load("shapes", "train")
     y = (x.float().mean((1, 2, 3)) > 127).long()                                   # bright or dark is soon learned
-    (tmp_path / "checkpoint.pt").touch()
     kept, calls, save = [], [], train.save_checkpoint
     def wrong_later(x, y):
         calls.append(1)
@@ -1520,6 +1523,30 @@ def test_the_released_recipe_is_that_of_released_md(tiny, tmp_path, monkeypatch,
             train.train("oal", net, {}, wrong_later, {"ce": 1.0}, x, y, args, rng(), val=(x, y))
     assert len(kept) == 3 and all(net.state_dict()[name].equal(kept[0][name]) for name in kept[0])
     assert not net.state_dict()["conv1.weight"].equal(kept[2]["conv1.weight"])
+
+
+@pytest.mark.parametrize("option, content", [
+    *(("latent_file", wrong) for wrong in (torch.ones(64, 64), torch.ones(0, 64, 64), torch.ones(5, 4, 64, 64),
+                                           torch.full((5, 64, 64), math.nan), [1.0])),
+    *(("boundary_file", wrong) for wrong in (np.ones((8, 7)), np.array([[["a"]]] * 8), np.ones((9, 2, 3)),
+                                             np.ones((8, 0, 3)), np.full((8, 2, 3), np.inf), np.array([None] * 8))),
+    *(("outliers", {**dict(boundary=torch.ones(3, 128), latent=torch.ones(3, 5), mean=torch.ones(8192),
+                           basis=torch.ones(5, 8192), scale=torch.ones(())), **wrong})
+      for wrong in ({"basis": torch.ones(4, 8192)}, {"mean": torch.ones(9)}, {"scale": torch.tensor(math.nan)},
+                    {"boundary": None}, {"latent": torch.ones(0, 5)}))])
+def test_outlier_files_that_are_none(option, content, tmp_path, capsys):
+    path = tmp_path / "file"
+    if isinstance(content, np.ndarray):
+        with open(path, "wb") as file:
+            np.save(file, content)
+    else:
+        torch.save(content, path)
+    args = argparse.Namespace(dataset="shapes", **{"outliers": "diffusion", "boundary_file": None, "latent_file": None,
+                                                   option: str(path)})
+    with pytest.raises(SystemExit) as stop:
+        train.given_outliers(args, models.build("resnet_tiny", 8))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: {path} does not hold ") and error.count("\n") == 1
 
 
 def test_a_step_of_the_student(monkeypatch):
@@ -1675,13 +1702,28 @@ def test_a_folder_belongs_to_one_run(tiny, tmp_path, monkeypatch, capsys):
     assert "not finite at oal step 0" in says("--resume", "--w-kd", "1e300")
 
     # Of runs that begin at once in one folder, the first to create checkpoint.pt has it; one killed then can go on.
-    monkeypatch.setattr(train, "wait", lambda args: args.out.mkdir() or (args.out / "checkpoint.pt").touch())
-    with pytest.raises(SystemExit) as stop:
-        tiny(tmp_path / "b")
-    assert stop.value.code == 2 and "another run's checkpoint.pt" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["checkpoint.pt"]
-    monkeypatch.setattr(train, "wait", lambda args: None)
-    tiny(tmp_path / "b", "--resume", *"--w-kd 0 --w-feat 0 --w-latent 0".split())
+    def says_of_another(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "b"), "--device", "cpu", *words])
+        with pytest.raises(SystemExit) as stop:
+            train.main()
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+    load_inputs, wait, words = train.load_inputs, train.wait, "--w-kd 0 --w-feat 0 --w-latent 0".split()
+    def slow(args):
+        assert "another run's checkpoint.pt" in says_of_another("--seed", "5")
+        assert "other options (seed, " in says_of_another("--seed", "5", "--resume")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "load_inputs", slow)
+    with pytest.raises(KeyboardInterrupt):
+        tiny(tmp_path / "b", *words)
+    assert not (tmp_path / "b").exists()                                            # nothing was done: it is free again
+    def another(args):                                                              # which is faster
+        monkeypatch.setattr(train, "wait", wait)
+        train.claim(args)
+    monkeypatch.setattr(train, "wait", another)
+    assert "another run's checkpoint.pt" in says_of_another()
+    monkeypatch.setattr(train, "load_inputs", load_inputs)
+    tiny(tmp_path / "b", "--resume")
     assert (tmp_path / "b" / "results.json").exists()
 
 
@@ -1783,6 +1825,8 @@ def test_your_own_classes(tiny, tmp_path, monkeypatch, capsys):
 
     go(synthesize, tmp_path / "run" / "ce.pt", "--out", tmp_path / "o.pt", "--per-class", 2, "--diffusion-steps", 1)
     assert len(torch.load(tmp_path / "o.pt", weights_only=True)["latent"]) == 6
+    synthesize.show(tmp_path / "few.png", {"boundary": torch.eye(3), "boundary_labels": torch.arange(3)}, torch.eye(3),
+                    torch.zeros(3, 3, 32, 32), torch.arange(3))                    # fewer images than neighbours
     rows = list(csv.reader(io.StringIO(go(evaluate, tmp_path / "run" / "student.pt", "--flag", photos / "train").out)))
     assert len(rows) == 1 + 47 and {row[2] for row in rows[1:]} <= {"ID", "OOD"}
     go(evaluate, tmp_path / "run" / "student.pt", "--ood", tmp_path / "strange", "--out", tmp_path / "e")
@@ -1793,7 +1837,6 @@ def test_your_own_classes(tiny, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
 def test_a_file_name_that_is_no_text_is_printed_as_it_is(tiny, tmp_path, monkeypatch, capsysbinary):
-    """In the CSV; in a picture as far as it is text."""
     torch.save(train.build("resnet_tiny", 8, 0).state_dict(), tmp_path / "net.pt")
     name = os.fsdecode(b"caf\xe9.png")
     save_png(tmp_path / "mine" / name, 90, (20, 40))
@@ -1803,6 +1846,12 @@ def test_a_file_name_that_is_no_text_is_printed_as_it_is(tiny, tmp_path, monkeyp
     sys.stdout.reconfigure(errors="strict")
     evaluate.run(evaluate.main)
     assert os.fsencode(name) in capsysbinary.readouterr().out.splitlines()[1]
-    conf = torch.arange(9.0)
-    evaluate.plot(tmp_path / f"{name}", {f"{name}: ebo": {"id": conf, f"{tmp_path}/{name}": conf - 1}}, 0.95)
-    assert Image.open(tmp_path / name).width > 100
+
+
+def test_histograms_are_drawn_whatever_a_set_is_called(tmp_path):
+    pytest.importorskip("matplotlib", reason="--plot is optional: pip install matplotlib")
+    conf, name = torch.arange(9.0), "a$_$ " + os.fsdecode(b"caf\xe9") * (sys.platform == "linux")
+    columns = {f"{name}: {score}": {"id": conf, f"{tmp_path}/{name}": conf - 1, "far": conf / 2} for score in "ab"}
+    evaluate.plot(tmp_path / "one.png", columns, 0.95)
+    size = Image.open(tmp_path / "one.png").size
+    assert size == (2 * 224, 2 * 112)                                              # 3.2 x 1.6 inches of 70 dots each

@@ -12,10 +12,10 @@ outliers (losses.py); network and student measured side by side (evaluate.py). A
 trains without logit distillation. Without both distillations there is no teacher.
 """
 import contextlib
+import io
 import json
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -56,35 +56,30 @@ HEADS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(
 
 def main():
     args = parse_args()
-    if args.world > 1:
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        # Hours, not the default ten minutes, for the first process to download, decode and draw while the others wait.
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=timedelta(hours=4))
+    start_processes(args)
     if args.benchmark:
-        result = benchmark(args, *load_inputs(args)[:4])
-        print(json.dumps(result, indent=1))
-        evaluate.write(args.out / "benchmark.json", json.dumps(result, indent=1))
+        result = json.dumps(benchmark(args, *load_inputs(args)[:4]), indent=1)
+        print(result)
+        evaluate.write(args.out / "benchmark.json", result)
         return
     saved = claim(args)
     try:
-        run(args, saved)
-    finally:  # an empty checkpoint, of a run that has not got to its first file: the folder is free again
-        if args.rank == 0 and not os.path.getsize(args.out / "checkpoint.pt"):
+        inputs = load_inputs(args)
+    except BaseException:
+        if args.rank == 0 and not saved:  # nothing was done: the folder is free again
             (args.out / "checkpoint.pt").unlink()
             with contextlib.suppress(OSError):  # it holds something else
                 args.out.rmdir()
+        raise
+    run(args, saved, *inputs)
 
 
-def run(args, saved):
-    """The method, from the images to results.json; saved: what checkpoint.pt holds of an earlier attempt, or {}."""
-    ce, teacher, images, labels, sets, missing = load_inputs(args)
-    if saved and saved["images"] != args.digest:
+def run(args, saved, ce, teacher, images, labels, sets, missing, given):
+    """The method, from the images to results.json. saved: what checkpoint.pt holds of an earlier attempt, or {};
+    the others are load_inputs'."""
+    if saved.get("images") not in (None, args.digest):
         evaluate.fail(f"{args.out} holds a run with other training images: bring them back, or name another --out")
-    args.seconds, given = saved.get("seconds", args.seconds), given_outliers(args, ce)
-    if not saved:
-        save_checkpoint({"stage": "start"}, args)
+    args.seconds = saved.get("seconds", args.seconds)
 
     # 1. The cross-entropy network: the baseline, the student's start. A file that is there is a resumed run's.
     if not (args.out / "ce.pt").exists():
@@ -122,8 +117,7 @@ def run(args, saved):
     if not (args.out / "student.pt").exists():
         load_weights(student, args, "ce.pt")
         heads, terms, g = make_student(student, teacher, outliers, images, labels, args)
-        val = evaluate.load(args.dataset, "val", args.data_root) if args.recipe == "released" else None
-        train("oal", student, heads, terms, args.weights, images, labels, args, g, val)
+        train("oal", student, heads, terms, args.weights, images, labels, args, g, args.val)
         if "critic" in heads:  # its mean as it will be measured: of all training images, in test mode
             mean = evaluate.outputs(student, images, args.dataset, args.device)[1].mean(0)
             save({"mean": mean, "a": heads["critic"].log_a.exp().detach(), "tau": heads["critic"].tau.detach()}, args,
@@ -142,9 +136,8 @@ def run(args, saved):
         found[name], _ = evaluate.evaluate(net, sets, args.dataset, args.device, list(evaluate.SCORES), ref)
     seconds = {**args.seconds, "evaluate": time.perf_counter() - begun}
     seconds["total"] = sum(seconds.values())
-    results = {**evaluate.describe(args.dataset), "arch": args.arch, "seed": args.seed,
-               "command": shlex.join(["train.py", *sys.argv[1:]]), "device": args.device, "options": args.options,
-               "versions": evaluate.VERSIONS, "seconds": seconds, "missing": missing, "models": found}
+    results = {**evaluate.describe("train.py", args), "arch": args.arch, "seed": args.seed, "options": args.options,
+               "seconds": seconds, "missing": missing, "models": found}
     evaluate.write(args.out / "results.json", json.dumps(results, indent=1))
     print("\n".join([*evaluate.headline(results), "", *evaluate.tables([results])]))
     print(f"written: {args.out / 'results.json'}")
@@ -197,23 +190,35 @@ def parse_args():
         "ce": 1.0, **{name.removeprefix("w_"): args.options[name] for name in WEIGHTS if args.options[name]}}
     args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
     args.out = Path(args.out or f"runs/{os.path.basename(os.path.abspath(args.dataset))}")
-    args.rank, args.world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-    if args.world > (1 if args.benchmark else args.batch // 4):
-        evaluate.fail(f"{args.world} processes are too many: --benchmark takes 1, else {args.batch // 4} at most")
     return args
+
+
+def start_processes(args):
+    """Sets args.rank and args.world, and under torchrun joins the other processes."""
+    try:
+        args.rank, args.world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+        if args.world > 1:
+            if args.device == "cuda":
+                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(args.device)
+            # Hours, not the default ten minutes, for the first process to download and draw while the others wait.
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=timedelta(hours=4))
+    except (ValueError, KeyError, RuntimeError) as problem:  # RuntimeError: torch.cuda's and torch.distributed's
+        evaluate.fail(f"the processes cannot be started ({str(problem).splitlines()[0]}): start them by torchrun, one "
+                      "for a GPU")
 
 
 def claim(args):
     """Takes the folder args.out for this run alone -> what its checkpoint.pt holds, {} for a new run.
 
-    checkpoint.pt is created here, empty, which one of several runs begun at once can do; a killed run leaves it for
-    --resume. Two that resume one run compute the same and replace its files by the same.
+    checkpoint.pt is created here, which only one of several runs begun at once can do; a killed run leaves it for
+    --resume, by which runs of the same options alone can share a folder: they replace its files by the same.
     """
     path = args.out / "checkpoint.pt"
     held = sorted(path.name for kind in ("*.pt", "results.json") for path in args.out.glob(kind))
     if args.resume and path.exists():
         saved = load_checkpoint(path)
-        before = saved.get("options", args.options)
+        before = saved["options"]
         other = [name for name in {**before, **args.options} if before.get(name, "-") != args.options.get(name, "-")]
         if other:
             evaluate.fail(f"{args.out} holds a run with other options ({', '.join(other)}): resume by the same command")
@@ -221,8 +226,11 @@ def claim(args):
     wait(args)  # until every process has looked
     if not held and args.rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        torch.save({"stage": "claim", "options": args.options, "images": None, "seconds": args.seconds}, content)
         try:
-            path.touch(exist_ok=False)
+            with open(path, "xb") as file:
+                file.write(content.getvalue())
         except FileExistsError:  # of a run that began at the same moment
             held = ["checkpoint.pt"]
     if held:
@@ -232,26 +240,32 @@ def claim(args):
 
 
 def load_inputs(args):
-    """Everything a user can get wrong, before the first second of training -> (cross-entropy network, teacher or None,
-    images uint8 [N, 3, S, S], labels int64 [N] on args.device, test sets, names of the missing). Sets args.digest."""
+    """What a run begins with, and all that a user can get wrong, before the first second of training -> cross-entropy
+    network, teacher or None, images uint8 [N, 3, S, S] and labels int64 [N] on args.device, test sets, names of the
+    missing, given_outliers(). Sets args.batch, args.digest, args.val: the images by which an epoch is chosen, or None.
+    """
     if args.rank:
         wait(args)  # the first process downloads and decodes, the others read what it has left
     classes = evaluate.id_set(args)["classes"]
     ce = evaluate.load_network(args.ce, classes, args.arch) if args.ce else build(args.arch, classes, args.seed)
     teacher = evaluate.load_network(args.teacher, classes) if args.teacher else None
+    given = given_outliers(args, ce)
     images, labels = evaluate.load(args.dataset, "train", args.data_root)
     if labels.bincount(minlength=classes).min() < 2:
         evaluate.fail(f"the training set of {args.dataset} is too small: each class needs 2 images")
     args.digest = zlib.crc32(labels.numpy().data, zlib.crc32(images.contiguous().numpy().data))
+    args.val = evaluate.load(args.dataset, "val", args.data_root) if args.recipe == "released" else None
     args.batch = min(args.batch, len(images))
-    for net in [ce] * bool(args.ce) + [teacher] * bool(teacher):
+    if args.world > (1 if args.benchmark else args.batch // 4):
+        evaluate.fail(f"{args.world} processes are too many: --benchmark takes 1, this run {args.batch // 4} at most")
+    for net in [net for net in (args.ce and ce, teacher) if net]:
         evaluate.outputs(net, images[:100], args.dataset, args.device)  # that they are finite
     sets, missing = evaluate.load_benchmark(args.dataset, args.data_root, args.ood)
     if args.rank == 0:
         if missing:
             print(f"missing, and left out of the means: {', '.join(missing)}", flush=True)
         wait(args)
-    return ce, teacher, images.to(args.device), labels.to(args.device), sets, missing
+    return ce, teacher, images.to(args.device), labels.to(args.device), sets, missing, given
 
 
 def given_outliers(args, ce):
@@ -268,21 +282,22 @@ def given_outliers(args, ce):
         evaluate.fail(f"{file} does not hold {what}: name another file")
 
     load = lambda file: torch.load(file, map_location="cpu", weights_only=True)
+    finite = lambda *parts: all(len(part) and part.isfinite().all() for part in parts)
     found, map_size = {}, 2 * len(ce.conv1.weight) * (evaluate.ID_SETS[args.dataset].get("size", 32) // 2) ** 2
     if args.outliers not in ("diffusion", "noise"):
-        found = read(args.outliers, load, lambda o: len(o["mean"]) == map_size and o["boundary"].dim() == 2
-                     and len(o["latent"].T) == len(o["basis"]), "outliers made from a network of this shape")
-        if args.recipe == "released" and "released" in found:  # Stable Diffusion's, reduced for this recipe
-            found["latent"] = found["released"]
+        found = read(args.outliers, load, lambda o: finite(o["boundary"], o["latent"], o["basis"], o["scale"][None])
+                     and o["basis"].shape == (o["latent"].shape[1], map_size) and o["mean"].shape == (map_size,),
+                     "outliers made from a network of this shape")
     if args.boundary_file:
-        boundary = torch.from_numpy(read(args.boundary_file, np.load, lambda o: o.ndim == 3 and o.size > 0,
-                                         "boundary outliers [C, n, D]")).float()
+        boundary = read(args.boundary_file, lambda file: torch.from_numpy(np.load(file).astype(np.float32)),
+                        lambda o: o.dim() == 3 and len(o) == ce.fc.out_features and finite(o.flatten(0, 1)),
+                        "boundary outliers [C, n, D] of these classes")
         found |= {"boundary": boundary.flatten(0, 1),
                   "boundary_labels": torch.arange(len(boundary)).repeat_interleave(boundary.shape[1])}
     if args.latent_file:
-        latent = read(args.latent_file, load, lambda o: o.shape[-2:] == (64, 64) and o.shape[1:-2] in ((), (3,)),
+        latent = read(args.latent_file, load, lambda o: o.shape[1:] in ((64, 64), (3, 64, 64)) and finite(o),
                       "latents [N, 64, 64] or [100, 3, 64, 64]").float().flatten(0, -3).mean(1)
-        found |= {"latent": latent, "latent_labels": torch.full((len(latent),), -1)}
+        found |= {"released": latent, "latent": latent, "latent_labels": torch.full((len(latent),), -1)}
     return found
 
 
@@ -392,6 +407,7 @@ def released_terms(student, teacher, outliers, images, labels, args, g):
     heads, dim = {}, student.fc.in_features
     if teacher:
         heads["projection"] = models.projection(teacher.fc.in_features, dim)
+    outliers = outliers and {**outliers, "latent": outliers.get("released", outliers.get("latent"))}
     for kind, deeper in (("boundary", ()), ("latent", (32, 16))):
         if kind in args.weights:
             heads[kind] = losses.CLUB(outliers[kind].shape[1], dim, 512, deeper)
@@ -406,7 +422,7 @@ def released_terms(student, teacher, outliers, images, labels, args, g):
             found["kd"] = losses.distill(logits, teacher_logits)
             found["feat"] = losses.distill(features, heads["projection"](teacher_features))
         for kind in [kind for kind in ("boundary", "latent") if kind in heads]:
-            drawn = draw(outliers[kind], len(y), args, g, twice=False)                    # [B, O]
+            drawn = draw(outliers[kind], len(y), args, g, replacement=False)                    # [B, O]
             found[kind] = losses.micl_released(heads[kind], drawn, features)
         return found
 
@@ -427,19 +443,19 @@ def peer_terms(student, teacher, outliers, images, labels, args, g):
             logits = student(evaluate.normalize(x, args.dataset))
         if args.peer == "logitnorm":
             return {"logitnorm": losses.logit_norm(logits, y)}
-        outlier_logits = student.classify(draw(gaussian, len(y), args, g, twice=True))
+        outlier_logits = student.classify(draw(gaussian, len(y), args, g, replacement=True))
         return {"ce": F.cross_entropy(logits, y), "vos": heads["vos"](logits, outlier_logits)}
 
     return heads, terms
 
 
-def draw(outliers, n, args, g, twice):
-    """n random rows of outliers [M, D] -> [n, D]; not `twice`: none comes again before all have come.
+def draw(outliers, n, args, g, replacement):
+    """n random rows of outliers [M, D] -> [n, D]; without replacement none comes again before all have come.
 
     A process takes its share of a whole batch's draws: so all stay in step.
     """
     m = len(outliers)
-    pick = (torch.randint(m, (args.batch,), generator=g) if twice else
+    pick = (torch.randint(m, (args.batch,), generator=g) if replacement else
             torch.randperm(m, generator=g)[torch.arange(args.batch) % m])
     return outliers[pick[args.rank::args.world][:n].to(outliers.device)]
 
@@ -480,7 +496,7 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, 
         signals.append(number)
         signal.signal(number, handlers[number])  # a second one ends the run at once
 
-    # Under torchrun the processes would stop at different steps: there the first does.
+    # Under torchrun the processes would stop at different steps: there the first signal ends all, without a checkpoint.
     handlers = {number: signal.signal(number, noted) for number in (signal.SIGINT, signal.SIGTERM)
                 if keep and args.world == 1}
     begun, unread = time.perf_counter(), []  # terms of the last steps: to read them is to wait for the device
@@ -507,7 +523,10 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, 
         if not (ends or signals or step % 100 == 0):
             continue
         values, elapsed = torch.stack(unread), time.perf_counter() - begun                # [<= 100, terms and sum]
-        check_finite(stage, step - len(values), [*found, "sum"], values)
+        for t, row in enumerate(values.tolist(), step - len(values)):
+            if not all(map(math.isfinite, row)):
+                shown = ", ".join(f"{name} {value}" for name, value in zip([*found, "sum"], row))
+                evaluate.fail(f"the loss is not finite at {stage} step {t}: {shown}; lower a --w-* weight")
         args.seconds[stage] += elapsed
         if args.rank == 0:
             shown = "  ".join(f"{name} {value:.3f}" for name, value in zip(found, values.mean(0).tolist()))
@@ -531,14 +550,6 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, 
         signal.signal(number, handler)
     if val:
         net.load_state_dict(best["net"])
-
-
-def check_finite(stage, first_step, names, values):
-    """Ends the run if a value [steps, terms and their weighted sum] is not finite, naming the first such step."""
-    for step, row in enumerate(values.tolist(), first_step):
-        if not all(map(math.isfinite, row)):
-            evaluate.fail(f"the loss is not finite at {stage} step {step}: "
-                          f"{', '.join(f'{name} {value}' for name, value in zip(names, row))}; lower a --w-* weight")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -565,12 +576,14 @@ def save_checkpoint(state, args):
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote; {} where a run has claimed the folder and not come further."""
+    """What save_checkpoint or claim wrote; ends the program where it is something else."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True) if path.stat().st_size else {}
-        return saved if not saved or {"options", "images", "seconds", "stage"} <= saved.keys() else 1 / 0
-    except Exception:
-        evaluate.fail(f"{path} is not a checkpoint of this program: remove it, or name another folder with --out")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if {"options", "images", "seconds", "stage"} <= saved.keys():
+            return saved
+    except Exception:  # cut short, or another program's
+        pass
+    evaluate.fail(f"{path} is not a checkpoint of this program: remove it, or name another folder with --out")
 
 
 def load_weights(net, args, name):
@@ -588,8 +601,7 @@ def benchmark(args, net, teacher, images, labels):
     """Images per second of the bare network, of each kind of step and of the test pass -> the dict of benchmark.json.
 
     Each is timed in this one run, three times in turn after a warm-up, and the best counts. A ratio is the time of our
-    step over that of a bare step, measured beside it, which sends as much through the same networks: 1.0 is a step
-    with no overhead.
+    step, of the recipe in full, over the sum of its bare parts, measured beside it: 1.0 is a step with no overhead.
     """
     n, args.ce_epochs, args.oal_epochs = min(10, len(images) // args.batch) * args.batch, 1, 1
     images, labels = images[:n], labels[:n]
@@ -603,19 +615,18 @@ def benchmark(args, net, teacher, images, labels):
     x, y = evaluate.normalize(images[:args.batch], args.dataset), labels[:args.batch]
     maps = net.lower(x[:args.batch // 4]).detach()
 
-    def bare(*losses):
+    def bare(forward):
         for _ in range(n // args.batch):
             with models.autocast(args.device):
-                loss = sum(loss() for loss in losses)
+                loss = forward()
             if loss.requires_grad:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
 
-    ce, taught, outlying = (lambda: F.cross_entropy(net.train()(x), y), lambda: torch.no_grad()(teacher)(x).mean(),
-                            lambda: net.classify(net.upper(maps)).mean())  # a quarter of a batch, half of a network
-    parts = {"bare": lambda: bare(ce), "teacher_forward": lambda: bare(taught),
-             "bare_oal": lambda: bare(ce, taught, *[outlying] * (args.recipe == "oal")),
+    parts = {"bare": lambda: bare(lambda: F.cross_entropy(net.train()(x), y)),
+             "teacher_forward": lambda: torch.no_grad()(bare)(lambda: teacher(x).mean()),
+             "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).mean()),  # of half of the network
              "ce_step": lambda: train("ce", net, *ce_terms(net, args), {"ce": 1.0}, images, labels, args, g,
                                       keep=False),
              "oal_step": lambda: train("oal", net, heads, terms, args.weights, images, labels, args, g, keep=False),
@@ -629,8 +640,9 @@ def benchmark(args, net, teacher, images, labels):
                 torch.accelerator.synchronize()
             seconds[name].append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
-    return {"images_per_second": {name: n / best[name] for name in best if name != "bare_oal"},
-            "ratio": {"ce": best["ce_step"] / best["bare"], "oal": best["oal_step"] / best["bare_oal"]}}
+    parts = best["bare"] + best["teacher_forward"] + best.pop("outliers") * (args.recipe == "oal")
+    return {"images_per_second": {name: n / best[name] for name in best},
+            "ratio": {"ce": best["ce_step"] / best["bare"], "oal": best["oal_step"] / parts}}
 
 
 if __name__ == "__main__":
