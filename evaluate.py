@@ -107,8 +107,7 @@ def write(path, content):
         partial.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images: every set is a uint8 tensor [N, 3, S, S], S = 32 but with --size, and an int64 tensor of labels, -1 for OOD.
+# --- Images: a set is a uint8 tensor [N, 3, S, S], S = 32 but with --size, and int64 labels [N], -1 for OOD. ---------
 
 
 def to_tensor(image, size=SIZE):
@@ -297,8 +296,7 @@ def id_set(args):
     return ID_SETS[args.dataset]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Embedded images: drawn in a second, so that the whole method runs with no download.
+# --- Embedded images: drawn in a second, so that the whole method runs with no download. -----------------------------
 
 # Which points of the plane, x and y [N, H, W] at distance r, lie in the shape of radius 1 about the origin. Four are
 # the ID classes, x 2 textures = 8; the others are near-OOD: the same style, other shapes.
@@ -358,8 +356,7 @@ def draw_set(split):
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From images to network outputs.
+# --- From images to network outputs. ---------------------------------------------------------------------------------
 
 
 def normalize(images, dataset):
@@ -437,9 +434,8 @@ def load_network(path, num_classes, arch=None):
     return net.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores: (logits [N, C], features [N, D], ref) -> confidence [N], higher = more in-distribution. `ref` is what a score
-# may know of the network and its training set: ref = dict(weight [C, D], features [M, D], mean [D] of the features).
+# --- Scores: (logits [N, C], features [N, D], ref) -> confidence [N], higher = more in-distribution. `ref` is what a
+# score may know of the network and its training set: dict(weight [C, D], features [M, D], mean [D] of the features).
 
 
 def knn(logits, features, ref, k=50, megabytes=256):
@@ -482,8 +478,7 @@ SCORES = {
 NEED_TRAINING_SET = ("knn", "fdbd", "micl")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics.
+# --- Metrics. --------------------------------------------------------------------------------------------------------
 
 
 def detection_metrics(conf_id, conf_ood):
@@ -528,8 +523,7 @@ def threshold_at(conf_id, tpr):
     return float(conf[max(1, math.ceil(tpr * len(conf))) - 1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Benchmark.
+# --- Benchmark. ------------------------------------------------------------------------------------------------------
 
 
 def load_benchmark(dataset, data_root, folders=()):
@@ -681,8 +675,7 @@ def describe(program, args):
             "command": shlex.join([program, *sys.argv[1:]]), "device": args.device, "versions": versions}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line.
+# --- Command line. ---------------------------------------------------------------------------------------------------
 
 
 def number(kind, low, high):

@@ -126,8 +126,7 @@ class MICL(nn.Module):
         return (wrong * torch.where(is_id, 0.5 / n_id, 0.5 / n_outliers)).sum() - math.log(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two peers without real outliers, for README's table.
+# --- Two peers without real outliers, for README's table. ------------------------------------------------------------
 
 
 def logit_norm(logits, labels, temperature=0.04):

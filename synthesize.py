@@ -25,8 +25,7 @@ import evaluate
 import models
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Boundary outliers.
+# --- Boundary outliers. ----------------------------------------------------------------------------------------------
 
 
 def kth_distance(queries, bank, k):
@@ -95,10 +94,9 @@ def gaussian_outliers(features, labels, per_class, generator, draws=10000):
     return torch.cat(outliers)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Latents: the code of a stage-2 feature map. The code is linear (the map's 256 principal components over the training
-# set: its layout), so it needs no training, and a synthesised code can replace the coded part of a real map and keep
-# its detail, as it is or scaled. Latents of Stable Diffusion enter here too: `ridge` carries them over to this code.
+# --- Latents: the code of a stage-2 feature map. The code is linear (the map's 256 principal components over the
+# training set: its layout), so it needs no training, and a synthesised code can replace the coded part of a real map
+# and keep its detail, as it is or scaled. Latents of Stable Diffusion enter here too: `ridge` carries them over.
 
 CODE = 256   # numbers per latent
 BATCH = 256  # latents per step of the diffusion model's training
@@ -129,8 +127,7 @@ def decode(codes, codec, shape):
     return (codes * codec["scale"] @ codec["basis"] + codec["mean"]).unflatten(1, shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Latent diffusion: v-prediction (Salimans & Ho, arXiv 2202.00512), cosine schedule, classifier-free guidance (Ho &
+# --- Latent diffusion: v-prediction (Salimans & Ho, arXiv 2202.00512), cosine schedule, classifier-free guidance (Ho &
 # Salimans, arXiv 2207.12598), DDIM sampling (Song et al., arXiv 2010.02502).
 
 
@@ -260,8 +257,7 @@ def outlier_maps(maps, outliers, n, generator, kind="diffusion"):
     return transplant(contrast * latents[chosen], hosts, outliers, detail[:, :, None, None])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optional: Stable Diffusion v1 for the diffusion model above, by diffusers; as released (HengGao12/OAL,
+# --- Optional: Stable Diffusion v1 for the diffusion model above, by diffusers; as released (HengGao12/OAL,
 # outlier_generation/; Dream-OOD, arXiv 2309.13415): a boundary outlier is the last word of its prompt.
 
 # The outlier stands for the class's whole name, however many tokens that has, so that all prompts are of one length.
@@ -412,8 +408,7 @@ def synthesize_sd(pipe, net, images, labels, args, generator):
             "latent_labels": classes[chosen].cpu(), "released": raw.mean(1).mean(1), **codec}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole stage: a trained network and its training images -> outliers.pt.
+# --- The whole stage: a trained network and its training images -> outliers.pt. --------------------------------------
 
 
 def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generator, device):

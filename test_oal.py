@@ -64,8 +64,7 @@ def openood_tree(root, classes=100):
     return root
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images.
+# --- Images. ---------------------------------------------------------------------------------------------------------
 
 
 def test_transform_is_openoods():
@@ -314,8 +313,7 @@ def test_embedded_images():
         assert abs(statistic(images.float()) - statistic(held_out.float())) < 5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks.
+# --- Networks. -------------------------------------------------------------------------------------------------------
 
 
 def test_resnet18_has_openoods_names():
@@ -358,8 +356,7 @@ def test_a_cpu_computes_in_bf16_where_that_is_faster(cpu, bf16, monkeypatch):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Boundary outliers.
+# --- Boundary outliers. ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 3, 6, 10])
@@ -417,8 +414,7 @@ def test_sigma_means_the_same_at_every_dimension(dim):
     assert abs(cosine - 1 / math.sqrt(1 + 0.07 ** 2 * 768)) < 0.02
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Latents and diffusion.
+# --- Latents and diffusion. ------------------------------------------------------------------------------------------
 
 
 def test_codec():
@@ -481,8 +477,7 @@ def test_diffusion_learns_a_gaussian():
     assert drawn.equal(synthesize.ddim(net, cond.expand(1000, 2), 3, rng(1), guidance=1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stable Diffusion: a pipeline of v1's shape with random weights, 0.5 MB, saved and loaded as the real one is.
+# --- Stable Diffusion: a pipeline of v1's shape with random weights, 0.5 MB, saved and loaded as the real one is.
 
 WORD = 32  # numbers per word; 768 in v1
 
@@ -757,8 +752,7 @@ def test_without_diffusers_or_a_model(absent, model, says, tmp_path, monkeypatch
     assert error.count("\n") == 1 and not Path("outliers.pt").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses.
+# --- Losses. ---------------------------------------------------------------------------------------------------------
 
 
 def test_distillation_closed_forms():
@@ -959,8 +953,7 @@ def test_gaussian_outliers_follow_their_class_and_its_density():
         assert 18 < distance.min() and distance.max() < 60   # 20 of 10,000: beyond the 99.8 % quantile, 20.8, less 10 %
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores.
+# --- Scores. ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1008,8 +1001,7 @@ def test_knn_tells_features_apart_that_have_collapsed(spread):
     assert torch.allclose(found.double(), expected, rtol=1e-4, atol=0) and len(found.unique()) > 300
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics.
+# --- Metrics. --------------------------------------------------------------------------------------------------------
 
 
 def reference_metrics(conf_id, conf_ood):
@@ -1078,8 +1070,7 @@ def test_threshold_accepts_the_share():
         assert (conf >= threshold).mean() == share
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Programs.
+# --- Programs. -------------------------------------------------------------------------------------------------------
 
 
 def ended(main, capsys):

@@ -143,8 +143,7 @@ def run(args, saved, ce, teacher, images, labels, sets, missing, given):
     print(f"written: {args.out / 'results.json'}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run begins with.
+# --- What a run begins with. -----------------------------------------------------------------------------------------
 
 
 def parse_args():
@@ -325,8 +324,7 @@ def augment(images, pad, g):
     return cut.permute(0, 3, 1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a stage trains by: terms(x, y), a function of a batch, uint8 [B, 3, S, S] augmented and int64 [B] ->
+# --- What a stage trains by: terms(x, y), a function of a batch, uint8 [B, 3, S, S] augmented and int64 [B] ->
 # {term: scalar}, and the heads that are trained beside the network.
 
 
@@ -460,8 +458,7 @@ def draw(outliers, n, args, g, replacement):
     return outliers[pick[args.rank::args.world][:n].to(outliers.device)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop.
+# --- The loop. -------------------------------------------------------------------------------------------------------
 
 
 def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, keep=True):
@@ -552,8 +549,7 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, 
         net.load_state_dict(best["net"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files of args.out, each written whole or not at all by the first process, which the others wait for.
+# --- Files of args.out, each written whole or not at all by the first process, which the others wait for. ------------
 
 
 def wait(args):
@@ -593,8 +589,7 @@ def load_weights(net, args, name):
     return net.to(args.device, memory_format=torch.channels_last).eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Speed.
+# --- Speed. ----------------------------------------------------------------------------------------------------------
 
 
 def benchmark(args, net, teacher, images, labels):
