@@ -71,10 +71,10 @@ def main():
             with contextlib.suppress(OSError):  # it holds something else
                 args.out.rmdir()
         raise
-    run(args, saved, *inputs)
+    stages(args, saved, *inputs)
 
 
-def run(args, saved, ce, teacher, images, labels, sets, missing, given):
+def stages(args, saved, ce, teacher, images, labels, sets, missing, given):
     """The method, from the images to results.json. saved: what checkpoint.pt holds of an earlier attempt, or {};
     the others are load_inputs'."""
     if saved.get("images") not in (None, args.digest):
