@@ -620,15 +620,17 @@ def tables(runs):
         return " / ".join(f"{one.mean():.1f}" + (f"±{one.std(ddof=1):.1f}" if len(one) > 1 else "")
                           for one in np.atleast_2d(np.array(values).T))
 
-    by_group = [f"cells: {' / '.join(scores)}", "", line(f"`{' '.join(base)}`", "runs", "accuracy", "near AUROC",
-                "near FPR95", "far AUROC", "far FPR95"), "|---" * 7 + "|"]
+    columns = [(group, metric) for group in ("near", "far") if group in entries[0]["scores"][scores[0]]
+               for metric in ("auroc", "fpr95")]
+    command = f"`{' '.join(base)}`" if base else "network"
+    by_group = [f"cells: {' / '.join(scores)}", "", line(command, "runs", "accuracy", *(
+        f"{group} {metric.upper()}" for group, metric in columns)), "|---" * (3 + len(columns)) + "|"]
     by_set = ["", line("AUROC", *(f"{title(name, sets)} ({n})" for name, n in sets.items())),
               "|---" * (1 + len(sets)) + "|"]
     for name, row in rows:
         found = [[entry["scores"][score] for score in scores] for entry in row.values()]
         by_group.append(line(name, len(row), cell([entry["id_acc"] for entry in row.values()]), *(
-            cell([[one[group][metric] for one in run] for run in found]) if group in found[0][0] else ""
-            for group in ("near", "far") for metric in ("auroc", "fpr95"))))
+            cell([[one[group][metric] for one in run] for run in found]) for group, metric in columns)))
         by_set.append(line(name, *(cell([[one["sets"][key]["auroc"] for one in run] for run in found])
                                    for key in sets)))
     missing = sorted({name for results in runs for name in results["missing"]})

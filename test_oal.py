@@ -1798,6 +1798,7 @@ def test_your_own_classes(tiny, tmp_path, monkeypatch, capsys):
             row = results["models"][model]["scores"]["micl"]["sets"][str(name)]
             assert row["group"] == "yours" and row["n"] == n
         assert f"{name} ({n})" in printed.out                                      # two titles that would be the same
+    assert "| runs | accuracy |\n" in printed.out                                  # no column of a group without a set
     assert "near" not in results["models"]["oal"]["scores"]["micl"] and "3 classes, cat, dog, owl" in printed.err
     outliers = torch.load(tmp_path / "run" / "outliers.pt", weights_only=True)
     assert outliers["boundary_labels"].bincount().tolist() == [4] * 3 and outliers["basis"].shape[1] == 32 * 32 * 32
