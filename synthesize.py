@@ -16,6 +16,7 @@ import io
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -433,6 +434,39 @@ def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generat
     print(f"synthesize: {len(latent)} latents of {latent.shape[1]} numbers", flush=True)
     outliers = {"boundary": boundary, "boundary_labels": classes, "latent": latent, "latent_labels": classes, **codec}
     return {name: tensor.cpu() for name, tensor in outliers.items()}
+
+
+def given_outliers(args, net):
+    """The files of train.py's --outliers, --boundary-file and --latent-file -> tensors of outliers.pt, {} without any.
+
+    The last two are the authors', reduced as their trainer does it: boundary outliers [C, n, D] -> [C n, D];
+    latents [N, 64, 64] or [100, 3, 64, 64], the mean over channels taken when they were made -> mean over rows [N, 64].
+    """
+    def read(file, load, fits, what):
+        with contextlib.suppress(Exception):  # no such file, another format, other keys
+            content = load(file)
+            if fits(content):
+                return content
+        evaluate.fail(f"{file} does not hold {what}: name another file")
+
+    load = lambda file: torch.load(file, map_location="cpu", weights_only=True)
+    finite = lambda *parts: all(len(part) and part.isfinite().all() for part in parts)
+    found, map_size = {}, 2 * len(net.conv1.weight) * (evaluate.ID_SETS[args.dataset].get("size", 32) // 2) ** 2
+    if args.outliers not in ("diffusion", "noise"):
+        found = read(args.outliers, load, lambda o: finite(o["boundary"], o["latent"], o["basis"], o["scale"][None])
+                     and o["basis"].shape == (o["latent"].shape[1], map_size) and o["mean"].shape == (map_size,),
+                     "outliers made from a network of this shape")
+    if args.boundary_file:
+        boundary = read(args.boundary_file, lambda file: torch.from_numpy(np.load(file).astype(np.float32)),
+                        lambda o: o.dim() == 3 and len(o) == net.fc.out_features and finite(o.flatten(0, 1)),
+                        "boundary outliers [C, n, D] of these classes")
+        found |= {"boundary": boundary.flatten(0, 1),
+                  "boundary_labels": torch.arange(len(boundary)).repeat_interleave(boundary.shape[1])}
+    if args.latent_file:
+        latent = read(args.latent_file, load, lambda o: o.shape[1:] in ((64, 64), (3, 64, 64)) and finite(o),
+                      "latents [N, 64, 64] or [100, 3, 64, 64]").float().flatten(0, -3).mean(1)
+        found |= {"released": latent, "latent": latent, "latent_labels": torch.full((len(latent),), -1)}
+    return found
 
 
 def show(path, outliers, features, images, labels, rows=8, neighbours=9):

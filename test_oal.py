@@ -1535,7 +1535,7 @@ def test_outlier_files_that_are_none(option, content, tmp_path, capsys):
     args = argparse.Namespace(dataset="shapes", **{"outliers": "diffusion", "boundary_file": None, "latent_file": None,
                                                    option: str(path)})
     with pytest.raises(SystemExit) as stop:
-        train.given_outliers(args, models.build("resnet_tiny", 8))
+        synthesize.given_outliers(args, models.build("resnet_tiny", 8))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith(f"error: {path} does not hold ") and error.count("\n") == 1
 

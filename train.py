@@ -23,7 +23,6 @@ import zlib
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -241,14 +240,14 @@ def claim(args):
 def load_inputs(args):
     """What a run begins with, and all that a user can get wrong, before the first second of training -> cross-entropy
     network, teacher or None, images uint8 [N, 3, S, S] and labels int64 [N] on args.device, test sets, names of the
-    missing, given_outliers(). Sets args.batch, args.digest, args.val: the images by which an epoch is chosen, or None.
+    missing, outliers of files. Sets args.batch, args.digest and args.val, the images by which an epoch is chosen.
     """
     if args.rank:
         wait(args)  # the first process downloads and decodes, the others read what it has left
     classes = evaluate.id_set(args)["classes"]
     ce = evaluate.load_network(args.ce, classes, args.arch) if args.ce else build(args.arch, classes, args.seed)
     teacher = evaluate.load_network(args.teacher, classes) if args.teacher else None
-    given = given_outliers(args, ce)
+    given = synthesize.given_outliers(args, ce)
     images, labels = evaluate.load(args.dataset, "train", args.data_root)
     if labels.bincount(minlength=classes).min() < 2:
         evaluate.fail(f"the training set of {args.dataset} is too small: each class needs 2 images")
@@ -265,39 +264,6 @@ def load_inputs(args):
             print(f"missing, and left out of the means: {', '.join(missing)}", flush=True)
         wait(args)
     return ce, teacher, images.to(args.device), labels.to(args.device), sets, missing, given
-
-
-def given_outliers(args, ce):
-    """What --outliers FILE, --boundary-file and --latent-file hold -> tensors of outliers.pt, {} without these options.
-
-    The last two are the authors' files, reduced as their trainer does it: boundary outliers [C, n, D] -> [C n, D];
-    latents [N, 64, 64] or [100, 3, 64, 64], the mean over channels taken when they were made -> mean over rows [N, 64].
-    """
-    def read(file, load, fits, what):
-        with contextlib.suppress(Exception):  # no such file, another format, other keys
-            content = load(file)
-            if fits(content):
-                return content
-        evaluate.fail(f"{file} does not hold {what}: name another file")
-
-    load = lambda file: torch.load(file, map_location="cpu", weights_only=True)
-    finite = lambda *parts: all(len(part) and part.isfinite().all() for part in parts)
-    found, map_size = {}, 2 * len(ce.conv1.weight) * (evaluate.ID_SETS[args.dataset].get("size", 32) // 2) ** 2
-    if args.outliers not in ("diffusion", "noise"):
-        found = read(args.outliers, load, lambda o: finite(o["boundary"], o["latent"], o["basis"], o["scale"][None])
-                     and o["basis"].shape == (o["latent"].shape[1], map_size) and o["mean"].shape == (map_size,),
-                     "outliers made from a network of this shape")
-    if args.boundary_file:
-        boundary = read(args.boundary_file, lambda file: torch.from_numpy(np.load(file).astype(np.float32)),
-                        lambda o: o.dim() == 3 and len(o) == ce.fc.out_features and finite(o.flatten(0, 1)),
-                        "boundary outliers [C, n, D] of these classes")
-        found |= {"boundary": boundary.flatten(0, 1),
-                  "boundary_labels": torch.arange(len(boundary)).repeat_interleave(boundary.shape[1])}
-    if args.latent_file:
-        latent = read(args.latent_file, load, lambda o: o.shape[1:] in ((64, 64), (3, 64, 64)) and finite(o),
-                      "latents [N, 64, 64] or [100, 3, 64, 64]").float().flatten(0, -3).mean(1)
-        found |= {"released": latent, "latent": latent, "latent_labels": torch.full((len(latent),), -1)}
-    return found
 
 
 def generator(seed, stage):
