@@ -1651,7 +1651,7 @@ def test_outlier_maps():
 
 
 def test_torchrun(tmp_path):
-    """Two processes finish, and cross-entropy moves the network where a single process moves it."""
+    """Two processes finish, and move the network and the student where a single process moves them."""
     (tmp_path / "tiny.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
@@ -1661,18 +1661,23 @@ evaluate.SHAPES_SIZES["train"] = 260
 train.TIERS["resnet_tiny"].update(per_class=4, diffusion_steps=10)
 train.main()
 """)
-    for name, launch in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))):
-        done = subprocess.run([sys.executable, *launch, tmp_path / "tiny.py", "--epochs", "1", "--device", "cpu",
-                               "--out", tmp_path / name], capture_output=True, text=True, timeout=300)
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    shared = "--ce", "two/ce.pt", "--teacher", "two/teacher.pt", "--outliers", "two/outliers.pt"
+    for name, launch, words in (("one", (), ["--w-kd", "0", "--w-feat", "0", "--w-latent", "0"]), ("two", torchrun, []),
+                                ("student_of_one", (), shared), ("student_of_two", torchrun, shared)):
+        done = subprocess.run([sys.executable, *launch, "tiny.py", "--epochs", "1", "--device", "cpu", "--out", name,
+                               *words], capture_output=True, text=True, timeout=300, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("written: ") == 1
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
-    assert set(one["models"]["oal"]["scores"]) == set(two["models"]["oal"]["scores"])
-    one, two = (torch.load(tmp_path / name / "ce.pt", weights_only=True) for name in ("one", "two"))
-    # One epoch of two steps: the two runs differ by batch-norm's halves of the batch alone, not by their images.
-    start = train.build("resnet_tiny", 8, 0).state_dict()["fc.weight"]
-    moved = F.cosine_similarity(*((state["fc.weight"] - start).flatten() for state in (one, two)), dim=0)
-    assert moved > 0.9
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert set(results["models"]["oal"]["scores"]) == set(evaluate.SCORES)
+    # A few steps from one start: the runs differ by batch-norm's halves of the batch alone, not by images or latents.
+    load = lambda name: torch.load(tmp_path / name, weights_only=True)
+    start = train.build("resnet_tiny", 8, 0).state_dict()
+    for before, one, two in ((start, load("one/ce.pt"), load("two/ce.pt")),
+                             (load("two/ce.pt"), load("student_of_one/student.pt"), load("student_of_two/student.pt"))):
+        moved = F.cosine_similarity(*((state["fc.weight"] - before["fc.weight"]).flatten() for state in (one, two)), dim=0)
+        assert moved > 0.9                                                          # with summed gradients 0.886
 
 
 def test_a_folder_belongs_to_one_run(tiny, tmp_path, monkeypatch, capsys):
