@@ -1175,6 +1175,17 @@ def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("environment", ["WORLD_SIZE=2", "WORLD_SIZE=two", "RANK=5 WORLD_SIZE=2", "RANK=-1", "RANK=1"])
+def test_processes_that_torchrun_has_not_started(environment, tmp_path, monkeypatch, capsys):
+    for word in environment.split():
+        monkeypatch.setenv(*word.split("="))
+    monkeypatch.setattr(signal, "signal", lambda *words: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    status, error = ended(train.main, capsys)
+    assert status == 2 and "start them by torchrun" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_class_of_a_single_image_has_no_boundary(tmp_path, monkeypatch, capsys):
     root = openood_tree(tmp_path)  # one training image per class
     torch.save(train.build("resnet_small", 100, 0).state_dict(), tmp_path / "net.pt")

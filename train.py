@@ -195,7 +195,10 @@ def start_processes(args):
     """Sets args.rank and args.world, and under torchrun joins the other processes."""
     try:
         args.rank, args.world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+        if not 0 <= args.rank < args.world:
+            raise ValueError(f"RANK {args.rank} of WORLD_SIZE {args.world}")
         if args.world > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # evaluate.run's handler waits as long as torch.distributed
             if args.device == "cuda":
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(args.device)
