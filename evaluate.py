@@ -68,8 +68,8 @@ def fail(message):
 def run(main):
     """Runs a program. What the system refuses ends it in one line, a signal or a reader that has gone in none."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if sys.stdout:  # a file name that is not UTF-8 is printed as it is
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # a file name that is not UTF-8 as it is
     try:
         main()
         sys.stdout.flush()
@@ -417,8 +417,9 @@ def load_network(path, num_classes, arch=None):
         fail(f"{path} holds {', '.join(map(str, inside)) or 'no state_dict'}: give a file of one dict of tensors")
     state = {re.sub(r"^linear\.", "fc.", re.sub(r"^((module|model|_orig_mod)\.)+", "", str(name))): value.to_dense()
              for part in inside.values() for name, value in part.items()}
-    if any(value.is_floating_point() and not torch.isfinite(value).all() for value in state.values()):
-        fail(f"{path} holds weights that are not finite: train it again with a lower rate")
+    if any(value.is_meta or value.is_complex() or value.is_floating_point() and not value.isfinite().all()
+           for value in state.values()):
+        fail(f"{path} holds weights that are not finite numbers: train it again with a lower rate")
     shape = getattr(state.get("conv1.weight"), "shape", ())
     found = next((name for name, (_, width) in models.ARCHS.items() if shape[:1] == (width,)), None)
     if found is None or (arch and arch != found):
@@ -594,6 +595,8 @@ def tables(runs):
     commands = [re.sub(of_a_run, "", results["command"]).replace("=", " ").split() for results in runs]
     base = os.path.commonprefix([words for words in commands if words[0] == "train.py"])
     base = base[:-1] if base and base[-1].startswith("--") else base  # its value is not common
+    length = lambda results: not results["options"]["ce"] and results["options"].get("ce_epochs")  # False: given
+    lengths = {length(results) for results in runs if "seed" in results} - {False}
     rows = {}  # what makes a row -> (its name, {seed, or number of the run: entry of results.json's models})
     for i, (results, words) in enumerate(zip(runs, commands)):
         for name, entry in results["models"].items():
@@ -602,7 +605,8 @@ def tables(runs):
             if "seed" not in results:  # of evaluate.py: runs whose commands differ in numbers alone
                 key, label = (name, re.sub(r"\d+", "", results["command"])), name
             elif name == "ce":
-                key, label = (name, results["arch"]), f"start: cross-entropy, {results['arch']}"
+                key = (name, results["dataset"], results["arch"], len(lengths) > 1 and length(results))
+                label = f"start: cross-entropy, {results['arch']}"
             held = rows.setdefault(key, (label, {}))[1].setdefault(results.get("seed", f"run {i}"), entry)
             if held["id_acc"] != entry["id_acc"] or name != "ce" and held != entry:  # a start is measured once a row
                 fail(f"two runs with different figures are seed {results.get('seed')} of {label}: leave one out")
@@ -642,7 +646,7 @@ def collect(paths):
     """results.json files -> the lines of README's tables."""
     try:
         return tables([json.loads(Path(path).read_text()) for path in paths])
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError) as problem:
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError) as problem:
         fail(f"--collect {' '.join(map(str, paths))}: not results.json files of one benchmark ({problem})")
 
 
@@ -710,7 +714,7 @@ def check_common(args):
     """Ends where --device, --dataset or --data-root is of no use; `data`, the default root, may be made later."""
     try:
         (torch.zeros(1, device=args.device) + 1).item()  # a value has to come back: none does from 'meta'
-    except (RuntimeError, AssertionError) as problem:  # torch built without CUDA raises an AssertionError
+    except (RuntimeError, AssertionError, ImportError) as problem:  # a torch built without CUDA: an AssertionError
         fail(f"no device {args.device}: {str(problem).splitlines()[0]}")
     if args.dataset in NAMED and args.size != SIZE:
         fail(f"--size {args.size}: the images of {args.dataset} are {SIZE} wide: leave it out")
@@ -781,7 +785,7 @@ def reference_and_critic(net, scores, args):
         try:
             critic = losses.MICL(**torch.load(path, map_location="cpu", weights_only=True))
             finite = all(value.isfinite().all() for value in critic.state_dict().values())
-            fits = finite and critic.mean.shape == (net.fc.in_features,)
+            fits = finite and critic.mean.shape == (net.fc.in_features,) and critic.tau.dim() == critic.log_a.dim() == 0
         except Exception:  # a text file, a truncated archive, other tensors
             fits = False
         if not fits:

@@ -423,6 +423,8 @@ def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generat
     spread = torch.linspace(0, len(images) - 1, min(2000, len(images))).long()  # the lists are sorted by class
     some = images[spread.to(images.device)]
     codec = fit_codec(torch.cat([maps for maps, _ in evaluate.stage2(net, some, dataset, device)]))
+    if not codec["scale"] > 0:
+        evaluate.fail(f"the training images of {dataset} are all alike: there is nothing to learn")
     pairs = [(encode(maps, codec), F.normalize(features, dim=1))
              for maps, features in evaluate.stage2(net, images, dataset, device)]
     latents, features = (torch.cat(parts) for parts in zip(*pairs))                       # [N, L], [N, D]
@@ -450,12 +452,14 @@ def given_outliers(args, net):
         evaluate.fail(f"{file} does not hold {what}: name another file")
 
     load = lambda file: torch.load(file, map_location="cpu", weights_only=True)
-    finite = lambda *parts: all(len(part) and part.isfinite().all() for part in parts)
+    finite = lambda *parts: all(part.is_floating_point() and part.numel() and part.isfinite().all() for part in parts)
     found, map_size = {}, 2 * len(net.conv1.weight) * (evaluate.ID_SETS[args.dataset].get("size", 32) // 2) ** 2
     if args.outliers not in ("diffusion", "noise"):
-        found = read(args.outliers, load, lambda o: finite(o["boundary"], o["latent"], o["basis"], o["scale"][None])
-                     and o["basis"].shape == (o["latent"].shape[1], map_size) and o["mean"].shape == (map_size,),
+        found = read(args.outliers, load, lambda o: finite(o["boundary"], o["latent"], o["basis"], o["scale"])
+                     and o["basis"].shape == (o["latent"].shape[1], map_size) and o["mean"].shape == (map_size,)
+                     and o["boundary"].dim() == o["latent"].dim() == o.get("released", o["latent"]).dim() == 2,
                      "outliers made from a network of this shape")
+        found = {name: part.float() if part.is_floating_point() else part for name, part in found.items()}
     if args.boundary_file:
         boundary = read(args.boundary_file, lambda file: torch.from_numpy(np.load(file).astype(np.float32)),
                         lambda o: o.dim() == 3 and len(o) == net.fc.out_features and finite(o.flatten(0, 1)),

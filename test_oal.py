@@ -1259,6 +1259,8 @@ def test_checkpoints_of_others(form, tmp_path):
     (None, lambda s: {name: value for name, value in s.items() if name != "layer1.0.bn1.bias"}, "bn1.bias"),
     (None, lambda s: models.build("resnet_tiny", 7).state_dict(), "7 classes"),
     (None, lambda s: {**s, "fc.bias": s["fc.bias"] / 0}, "not finite"),
+    (None, lambda s: {**s, "fc.bias": s["fc.bias"].to(torch.complex64)}, "not finite"),
+    (None, lambda s: {**s, "fc.bias": s["fc.bias"].to("meta")}, "not finite"),
     (None, lambda s: {**s, "fc.weight": torch.tensor(1.0)}, "fc.weight"),
     (None, lambda s: {**s, "conv1.weight": torch.tensor(1.0)}, "unknown arch"),
     (None, lambda s: {"fc.weight": s["fc.weight"]}, "unknown arch"),
@@ -1535,7 +1537,8 @@ def test_the_released_recipe_is_that_of_released_md(tiny, tmp_path, monkeypatch,
     *(("outliers", {**dict(boundary=torch.ones(3, 128), latent=torch.ones(3, 5), mean=torch.ones(8192),
                            basis=torch.ones(5, 8192), scale=torch.ones(())), **wrong})
       for wrong in ({"basis": torch.ones(4, 8192)}, {"mean": torch.ones(9)}, {"scale": torch.tensor(math.nan)},
-                    {"boundary": None}, {"latent": torch.ones(0, 5)}))])
+                    {"boundary": None}, {"latent": torch.ones(0, 5)}, {"latent": torch.ones(3, 5).long()},
+                    {"boundary": torch.ones(3)}, {"released": torch.ones(3)}))])
 def test_outlier_files_that_are_none(option, content, tmp_path, capsys):
     path = tmp_path / "file"
     if isinstance(content, np.ndarray):
