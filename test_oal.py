@@ -459,6 +459,13 @@ def test_codec_is_fitted_to_all_classes(monkeypatch):
     assert seen[0][:, 0, 0, 0].bincount().tolist() == [200] * 10
 
 
+def test_images_that_are_all_alike_are_an_error(capsys):
+    net, images = models.build("resnet_tiny", 2), torch.zeros(20, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(SystemExit) as stop:
+        synthesize.synthesize(net, images, torch.arange(20) % 2, "shapes", 2, 5, rng(), "cpu")
+    assert stop.value.code == 2 and "all alike" in capsys.readouterr().err
+
+
 def test_diffusion_learns_a_gaussian():
     """z | c ~ N(A c, 0.5^2 I), |c| = 1: samples have that mean and spread under conditions the network has not seen."""
     g = rng()
@@ -1091,6 +1098,7 @@ def test_a_program_that_is_stopped_ends_quietly_or_in_one_line():
     cases = [(kill.replace("SIGNAL", "SIGTERM"), "", 143, ""), (kill.replace("SIGNAL", "SIGINT"), "", 130, ""),
              (start + "[print(i) for i in range(10 ** 6)])", "| head -1", 141, ""),
              (start + "[print(i, file=sys.stderr) for i in range(10 ** 6)])", "2>&1 | head -1", 141, ""),
+             (start + "print('verdict'))", ">&-", 0, ""),
              (start + "print('verdict'))", "> /dev/full", 2, "error: [Errno 28] No space left on device\n")]
     runs = [subprocess.Popen(["bash", "-c", f'"$0" -c "$1" {redirect}; exit ${{PIPESTATUS[0]}}', sys.executable, code],
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -1390,13 +1398,15 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
 
 def test_each_stage_has_epochs_of_its_own(tiny, tmp_path, capsys):
     """Those of the arch, or for all of them the command line's; the run ends with what it changed, in three lines."""
-    train.TIERS["resnet_tiny"].update(ce_epochs=1, teacher_epochs=3, oal_epochs=2)                 # tiny restores them
-    for words, expected in (((), (1, 3, 2)), (("--epochs", "1"), (1, 1, 1))):
+    train.TIERS["resnet_tiny"].update(ce_epochs=2, teacher_epochs=3, oal_epochs=2)                 # tiny restores them
+    for words, expected in (((), (2, 3, 2)), (("--epochs", "1"), (1, 1, 1))):
         tiny(tmp_path / str(len(words)), *words)
         lines = capsys.readouterr().out.splitlines()
         said = [line.split(", ")[0] for line in lines if ": epoch" in line]
         assert said == [f"{stage}: epoch {i + 1}/{n}"
                         for stage, n in zip(("ce", "teacher", "oal"), expected) for i in range(n)]
+    rows = evaluate.collect([tmp_path / run / "results.json" for run in "02"])      # starts of two lengths: no mean
+    assert [row.split(" | ")[1] for row in rows if row.startswith("| start")][:2] == ["1", "1"]
     found = json.loads((tmp_path / "2" / "results.json").read_text())["models"]
     first = next(i for i, line in enumerate(lines) if line.startswith("accuracy "))
     values = [(found["ce"]["id_acc"], found["oal"]["id_acc"]),
@@ -1733,6 +1743,13 @@ def test_a_folder_belongs_to_one_run(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "wait", another)
     assert "another run's checkpoint.pt" in says_of_another()
     monkeypatch.setattr(train, "load_inputs", load_inputs)
+    def full(path, mode):                                                           # a disk with room for a name alone
+        path.touch()
+        raise OSError(28, "No space left on device")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) as problem:
+        patch.setattr(train, "open", full, raising=False)
+        tiny(tmp_path / "full")
+    assert problem.value.filename == str(tmp_path / "full" / "checkpoint.pt") and not any((tmp_path / "full").iterdir())
     tiny(tmp_path / "b", "--resume")
     assert (tmp_path / "b" / "results.json").exists()
 
@@ -1783,10 +1800,11 @@ def test_evaluate_on_a_users_images(tiny, tmp_path, monkeypatch, capsys):
     (a / "student.critic.pt").rename(a / "kept")
     without = list(csv.reader(io.StringIO(go(a / "student.pt", "--flag", tmp_path / "mine").out)))
     assert [row[:3] for row in rows] == without                                                # the score works as well
-    (a / "student.critic.pt").write_text("no critic")
-    with pytest.raises(SystemExit):
-        go(a / "student.pt", "--flag", tmp_path / "mine")
-    assert "student.critic.pt" in capsys.readouterr().err
+    for wrong in (b"no critic", {"mean": critic.mean, "a": torch.ones(1), "tau": torch.ones(1)}):
+        evaluate.write(a / "student.critic.pt", wrong)
+        with pytest.raises(SystemExit):
+            go(a / "student.pt", "--flag", tmp_path / "mine")
+        assert "student.critic.pt is not the critic" in capsys.readouterr().err
     (a / "student.critic.pt").unlink()
     rows = list(csv.reader(io.StringIO(go(a / "student.pt", "--flag", tmp_path / "mine", "--score", "knn").out)))
     assert rows[0] == ["path", "knn", "verdict"] and len(rows) == 7

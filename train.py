@@ -42,8 +42,8 @@ TIERS = {"resnet18": dict(ce_epochs=100, teacher_epochs=100, oal_epochs=100, oal
                               per_class=50, diffusion_steps=1000),
          "resnet_tiny": dict(ce_epochs=9, teacher_epochs=7, oal_epochs=8, oal_lr=0.01, batch=64, crop=1,
                              per_class=50, diffusion_steps=1000)}
-# The student's objective: cross-entropy plus these terms (losses.py) with these weights. 'oal' is ours; 'released' is
-# the paper's code, whose student's epochs and rate take the place of the arch's.
+# The student's objective: cross-entropy plus these terms (losses.py) with these weights. 'oal' is ours; 'released' has
+# the losses of the paper's code, and its student's epochs and rate in place of the arch's.
 RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_latent=1.0),
            "released": dict(w_kd=4.0, w_feat=8.0, w_boundary=0.1, w_latent=0.2, oal_lr=0.005, oal_epochs=100)}
 WEIGHTS = ("w_kd", "w_feat", "w_boundary", "w_latent")
@@ -157,7 +157,7 @@ def parse_args():
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
     parser.add_argument("--teacher", metavar="FILE", help="distil from this network and train no teacher; one of the "
                         "student's arch must have grown from --ce, since maps are matched unit by unit")
-    parser.add_argument("--recipe", choices=RECIPES, default="oal", help="released: the student of the paper's code")
+    parser.add_argument("--recipe", choices=RECIPES, default="oal", help="released: the losses of the paper's code")
     parser.add_argument("--peer", choices=PEERS, help="train the student by this method in place of OAL")
     parser.add_argument("--outliers", default="diffusion", metavar="{diffusion,noise,FILE}", help="noise: Gaussian "
                         "noise in place of latents, to compare; FILE: an outliers.pt that was made from the same --ce")
@@ -391,9 +391,10 @@ def released_terms(student, teacher, outliers, images, labels, args, g):
                 teacher_logits, teacher_features = teacher(x, return_feature=True)
             found["kd"] = losses.distill(logits, teacher_logits)
             found["feat"] = losses.distill(features, heads["projection"](teacher_features))
-        for kind in [kind for kind in ("boundary", "latent") if kind in heads]:
-            drawn = draw(outliers[kind], len(y), args, g, replacement=False)                    # [B, O]
-            found[kind] = losses.micl_released(heads[kind], drawn, features)
+        for kind in ("boundary", "latent"):
+            if kind in heads:
+                drawn = draw(outliers[kind], len(y), args, g, replacement=False)          # [B, O]
+                found[kind] = losses.micl_released(heads[kind], drawn, features)
         return found
 
     return heads, terms
@@ -438,8 +439,8 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, 
 
     images uint8 [N, 3, S, S] and labels int64 [N] on args.device. The loss is the sum over weights {term: weight} of
     what terms(x, y) returns. g: the stage's generator, which terms may share. With val (images, labels) the network
-    ends as that of its best epoch on them. With `keep` checkpoint.pt is saved after each epoch, and at the step where
-    SIGINT or SIGTERM comes, and a stage that it holds goes on from there.
+    ends as that of its best epoch on them. With `keep` checkpoint.pt is saved after each epoch, in a single process
+    also at the step where SIGINT or SIGTERM comes, and a stage that it holds goes on from there.
     """
     epochs, rate = getattr(args, f"{stage}_epochs"), args.oal_lr if stage == "oal" else CE["lr"] * args.batch / 128
     net.to(args.device, memory_format=torch.channels_last).train()
@@ -582,18 +583,19 @@ def benchmark(args, net, teacher, images, labels):
     x, y = evaluate.normalize(images[:args.batch], args.dataset), labels[:args.batch]
     maps = net.lower(x[:args.batch // 4]).detach()
 
-    def bare(forward):
+    def bare(forward, step=True):
         for _ in range(n // args.batch):
             with models.autocast(args.device):
                 loss = forward()
             if loss.requires_grad:
                 optimizer.zero_grad()
                 loss.backward()
-                optimizer.step()
+                if step:
+                    optimizer.step()
 
     parts = {"bare": lambda: bare(lambda: F.cross_entropy(net.train()(x), y)),
              "teacher_forward": lambda: torch.no_grad()(bare)(lambda: teacher(x).mean()),
-             "outliers": lambda: bare(lambda: 0 * net.classify(net.upper(maps)).mean()),  # of half of the network
+             "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).mean(), step=False),  # half of a network
              "ce_step": lambda: train("ce", net, *ce_terms(net, args), {"ce": 1.0}, images, labels, args, g,
                                       keep=False),
              "oal_step": lambda: train("oal", net, heads, terms, args.weights, images, labels, args, g, keep=False),
