@@ -107,7 +107,7 @@ def write(path, content):
         partial.unlink(missing_ok=True)
 
 
-# --- Images: a set is a uint8 tensor [N, 3, S, S], S = 32 but with --size, and int64 labels [N], -1 for OOD. ---------
+# --- Images: a set is a uint8 tensor [N, 3, S, S], S = --size, and int64 labels [N], -1 for OOD. ---------------------
 
 
 def to_tensor(image, size=SIZE):
@@ -134,13 +134,13 @@ def decode(paths, size=SIZE):
             {path: result for path, result in results if not torch.is_tensor(result)})
 
 
-def read_list(list_path, image_root, cache_path):
+def read_list(list_path, image_root, cache_path, size=SIZE):
     """The images of one OpenOOD list (lines `path label`) -> (images, labels), decoded once, then read from the cache.
 
     None if not one file of the list is there. A changed list, a truncated cache or an altered one are decoded anew.
     """
     text = list_path.read_text("utf-8-sig", "replace")
-    key = hashlib.sha256(f"RGB, Resize({SIZE}), CenterCrop({SIZE})\n{text}".encode()).hexdigest()
+    key = hashlib.sha256(f"RGB, Resize({size}), CenterCrop({size})\n{text}".encode()).hexdigest()
     try:
         saved = torch.load(cache_path, weights_only=True)
         if saved["key"] == key and saved["crc"] == zlib.crc32(saved["images"].numpy().data):
@@ -156,7 +156,7 @@ def read_list(list_path, image_root, cache_path):
         print(f"none of the {len(paths)} images of {list_path} is there, the first is {paths[0]}", file=sys.stderr)
         return None
     print(f"decoding the {len(paths)} images of {list_path.name}, once", file=sys.stderr)
-    good, bad = decode(paths)
+    good, bad = decode(paths, size)
     for path, reason in bad.items():
         fail(f"{len(bad)} of the {len(paths)} images of {list_path} cannot be read, the first is {path} ({reason})")
     images = torch.stack([image for _, image in good])
@@ -167,47 +167,48 @@ def read_list(list_path, image_root, cache_path):
     return images, labels
 
 
-def from_torchvision(name, split, root):
+def from_torchvision(name, split, root, size):
     """The set `name` as torchvision downloads it into root -> (images, labels), or None where that fails."""
     parts = {"train": slice(None), "val": slice(1000), "test": slice(1000, None)}  # of an ID set, as OpenOOD has them
     try:
         if name in ("cifar10", "cifar100"):
-            source = getattr(datasets, name.upper())(root, split == "train", download=True)
-            images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-            if split in parts:
-                return images[parts[split]], torch.tensor(source.targets)[parts[split]]
+            sources = [getattr(datasets, name.upper())(root, split == "train", download=True)]
         elif name == "svhn":
-            images = torch.from_numpy(datasets.SVHN(root, "test", download=True).data)
+            sources = [datasets.SVHN(root, "test", download=True)]
         elif name == "mnist":
-            images = torch.stack([to_tensor(image) for image, _ in datasets.MNIST(root, train=False, download=True)])
+            sources = [datasets.MNIST(root, train=False, download=True)]
         elif name == "texture":  # OpenOOD takes all 5,640 images of DTD
-            textures = [datasets.DTD(root, part, download=True) for part in ("train", "val", "test")]
-            images = torch.stack([to_tensor(image) for part in textures for image, _ in part])
+            sources = [datasets.DTD(root, part, download=True) for part in ("train", "val", "test")]
         else:
             return None
+        images = torch.stack([to_tensor(image, size) for source in sources for image, _ in source])
+        if split in parts:
+            return images[parts[split]], torch.tensor(sources[0].targets)[parts[split]]
         return images, torch.full((len(images),), -1)
     except Exception as problem:  # no network, a full disk, a server's refusal, scipy missing for SVHN
         print(f"torchvision did not bring {name}: {problem}".splitlines()[0], file=sys.stderr)
         return None
 
 
-def load(dataset, split, data_root=None):
+def load(dataset, split, data_root=None, size=SIZE):
     """One set -> (images uint8 [N, 3, S, S], labels int64 [N]); None for an OOD set that is not to be had.
 
-    dataset: a key of ID_SETS; data_root is CIFAR's alone. split: 'train', 'val' or 'test' of the ID set, an OOD set of
-    its groups, or 'val_tin', OpenOOD's OOD images for choices. Ends the program if an ID set is missing.
+    dataset: a key of ID_SETS, the size of a folder's images its own; data_root is CIFAR's alone. split: 'train', 'val'
+    or 'test' of the ID set, an OOD set of its groups, or 'val_tin', OpenOOD's OOD images for choices. Ends the program
+    if an ID set is missing.
     """
     if dataset not in NAMED:
         return ID_SETS[dataset]["splits"].get(split)
     if dataset == "shapes":
-        return draw_set(split)
+        return draw_set(split, size)
     root, is_id, loaded = Path(data_root), split in ("train", "val", "test"), None
     name = f"{split}_{dataset}" if is_id else split if split == "val_tin" else f"test_{split}"
     list_path = root / "benchmark_imglist" / dataset / f"{name}.txt"
     if not (root / "benchmark_imglist").is_dir():  # no OpenOOD tree
-        loaded = from_torchvision(dataset if is_id else split, split, root)
+        loaded = from_torchvision(dataset if is_id else split, split, root, size)
     elif list_path.is_file():
-        loaded = read_list(list_path, root / "images_classic", root / "oal_cache" / dataset / f"{name}.pt")
+        cache_path = root / "oal_cache" / dataset / (f"{name}.pt" if size == SIZE else f"{name}_{size}.pt")
+        loaded = read_list(list_path, root / "images_classic", cache_path, size)
     if is_id and loaded is None:
         fail(f"no images of {list_path}: put images_classic/ and benchmark_imglist/ of OpenOOD v1.5 into {root}")
     if is_id and not 0 <= int(loaded[1].min()) <= int(loaded[1].max()) < ID_SETS[dataset]["classes"]:
@@ -286,7 +287,7 @@ def read_classes(folder, size=SIZE):
     mean, square = (counts @ power / counts[0].sum() for power in (levels, levels ** 2))                # [3] each
     std = (square - mean ** 2).clamp_min(1e-4).sqrt()                 # of images all in one colour too
     return dict(classes=len(names), names=names, mean=tuple(mean.tolist()), std=tuple(std.tolist()), groups={},
-                size=size, splits=splits)
+                splits=splits)
 
 
 def id_set(args):
@@ -311,8 +312,8 @@ HELD_OUT_SHAPES = {"ring": lambda x, y, r: (r < 1) & (r > 0.55),
 SHAPES_SIZES = {"train": 4000, "val": 500, "test": 1500, "held_out": 1500}  # other sets: 500
 
 
-def draw_set(split):
-    """An embedded set -> (images uint8 [N, 3, 32, 32], labels int64 [N]), the same on every machine and for every seed.
+def draw_set(split, size=SIZE):
+    """An embedded set -> (images uint8 [N, 3, S, S], labels int64 [N]), the same on every machine and for every seed.
 
     ID classes: 4 shapes x 2 textures (plain, checked), any colour, place, size and turn, on a background gradient with
     clutter and noise. 'held_out' (near-OOD): 4 other shapes drawn the same way. None for a split that does not exist.
@@ -323,16 +324,16 @@ def draw_set(split):
     n = SHAPES_SIZES.get(split, 500)
     g = torch.Generator().manual_seed(names.index(split))
     uniform = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=g)  # a number for each image
-    y, x = torch.meshgrid(torch.linspace(-1, 1, SIZE), torch.linspace(-1, 1, SIZE), indexing="ij")  # [H, W]
+    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")  # [H, W]
     turn = uniform(0, 2 * math.pi)
     along, across = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()  # [N, H, W], turned axes
     first = torch.rand(n, 3, 1, 1, generator=g)                                       # two colours per image, apart
     second = (first + 0.3 + 0.4 * torch.rand(n, 3, 1, 1, generator=g)) % 1            # by 0.3 or more in each channel
-    far = {"noise": lambda: torch.rand(n, 3, SIZE, SIZE, generator=g),
+    far = {"noise": lambda: torch.rand(n, 3, size, size, generator=g),
            "stripes": lambda: torch.where(((along * uniform(3, 12)).sin() > 0)[:, None], first, second),
-           "flat": lambda: first.expand(n, 3, SIZE, SIZE),
+           "flat": lambda: first.expand(n, 3, size, size),
            "gradient": lambda: torch.lerp(first, second, along[:, None] / 2 + 0.5),
-           "blobs": lambda: F.interpolate(torch.rand(n, 3, 5, 5, generator=g), SIZE, mode="bicubic")}
+           "blobs": lambda: F.interpolate(torch.rand(n, 3, 5, 5, generator=g), size, mode="bicubic")}
     if split in far:
         images = far[split]()
     else:
@@ -367,7 +368,7 @@ def normalize(images, dataset):
 
 @torch.inference_mode()
 def stage2(net, images, dataset, device):
-    """Images uint8 [N, 3, S, S] -> batches of (stage-2 maps [B, C, S/2, S/2], features [B, D]), in eval mode."""
+    """Images uint8 [N, 3, S, S] -> batches of (stage-2 maps [B, C, S/R, S/R], features [B, D]), in eval mode."""
     net.eval().to(device=device, memory_format=torch.channels_last)
     for batch in images.split(500):
         with models.autocast(device):
@@ -392,11 +393,20 @@ def check_outputs(net, values):
         fail(f"{getattr(net, 'source', 'the network')} gives outputs that are not finite: train it at a lower rate")
 
 
-def load_network(path, num_classes, arch=None):
+# Other names of weights: of wrappers, of pytorch-cifar, of timm's ViT.
+RENAMED = {r"^((module|model|_orig_mod)\.)+": "", r"^linear\.": "fc.",
+           "^cls_token": "class_token", "^pos_embed": "encoder.pos_embedding", r"^patch_embed\.proj": "conv_proj",
+           r"^blocks\.(\d+)\.": r"encoder.layers.encoder_layer_\1.", r"\.norm([12])\.": r".ln_\1.",
+           r"\.attn\.qkv\.": ".self_attention.in_proj_", r"\.attn\.proj\.": ".self_attention.out_proj.",
+           r"\.mlp\.fc1\.": ".mlp.0.", r"\.mlp\.fc2\.": ".mlp.3.",
+           r"^norm\.": "encoder.ln.", r"^head\.": "heads.head."}
+
+
+def load_network(path, num_classes, arch=None, size=SIZE):
     """A checkpoint file -> the network, on the CPU in eval mode; ends the program if it is not one of num_classes.
 
-    Takes a state_dict, plain or the one dict of tensors in a dict, whatever its key, with the names that wrappers and
-    pytorch-cifar give. The arch is read from the width of the first convolution, and must be `arch` where given.
+    Takes a state_dict, plain or the one dict of tensors in a dict, whatever its key, also with the names of RENAMED.
+    The arch is read from the first convolution, and must be `arch` where given; a ResNet's must be for the size.
     """
     # What a pickled numpy scalar, such as an accuracy, is made of: its function, as numpy 1 and 2 name it, and types.
     scalars = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -415,24 +425,49 @@ def load_network(path, num_classes, arch=None):
     inside = {key: part for key, part in parts.items() if is_state(part)}
     if len(inside) != 1:
         fail(f"{path} holds {', '.join(map(str, inside)) or 'no state_dict'}: give a file of one dict of tensors")
-    state = {re.sub(r"^linear\.", "fc.", re.sub(r"^((module|model|_orig_mod)\.)+", "", str(name))): value.to_dense()
-             for part in inside.values() for name, value in part.items()}
+    state = {}
+    for name, value in next(iter(inside.values())).items():
+        for other, ours in RENAMED.items():
+            name = re.sub(other, ours, str(name))
+        state[name] = value.to_dense()
     if any(value.is_meta or value.is_complex() or value.is_floating_point() and not value.isfinite().all()
            for value in state.values()):
         fail(f"{path} holds weights that are not finite numbers: train it again with a lower rate")
     shape = getattr(state.get("conv1.weight"), "shape", ())
-    found = next((name for name, (_, width) in models.ARCHS.items() if shape[:1] == (width,)), None)
+    found = next((name for name, (_, width) in models.ARCHS.items() if shape[:1] == (width,)),
+                 "vit_b_16" if "conv_proj.weight" in state else None)
     if found is None or (arch and arch != found):
         fail(f"{path} is a checkpoint of {found or 'an unknown arch'}: expected {arch or ' or '.join(models.ARCHS)}")
-    net = models.build(found, num_classes)
-    if "fc.bias" in state and state["fc.bias"].numel() != num_classes:
-        fail(f"{path} was trained for {state['fc.bias'].numel()} classes: the dataset has {num_classes}")
+    if found != "vit_b_16" and (shape[2:] == (7, 7)) != (size >= 224):
+        fail(f"{path} is not a network for images {size} wide: {'leave out' if size >= 224 else 'add'} --size 224")
+    net = models.build(found, num_classes, size)
+    bias = state.get("heads.head.bias" if found == "vit_b_16" else "fc.bias")
+    if bias is not None and bias.numel() != num_classes:
+        fail(f"{path} was trained for {bias.numel()} classes: the dataset has {num_classes}")
     try:
         net.load_state_dict(state)
     except RuntimeError as problem:
         fail(f"{path} does not fit {found}: {' '.join(str(problem).split())[:200]}")
     net.source = path
     return net.eval()
+
+
+def load_imagenet_vit(num_classes, folder):
+    """ViT-B/16 with torchvision's ImageNet weights, from their file in the folder or downloaded there, but for a head.
+
+    The head is new, of zeros, for num_classes.
+    """
+    net, url = models.build("vit_b_16", num_classes), torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.url
+    net.source = Path(folder) / os.path.basename(url)
+    try:
+        if not net.source.exists():
+            net.source.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(net.source), re.search(r"-(\w+)\.pth", url)[1])
+        state = torch.load(net.source, map_location="cpu", weights_only=True)
+        net.load_state_dict({**state, **net.heads.state_dict(prefix="heads.")})
+    except Exception as problem:  # no network, a file cut short, another network's
+        fail(f"no weights {net.source} ({' '.join(str(problem).split())[:200]}): put the file of {url} there")
+    return net
 
 
 # --- Scores: (logits [N, C], features [N, D], ref) -> confidence [N], higher = more in-distribution. `ref` is what a
@@ -527,13 +562,13 @@ def threshold_at(conf_id, tpr):
 # --- Benchmark. ------------------------------------------------------------------------------------------------------
 
 
-def load_benchmark(dataset, data_root, folders=()):
+def load_benchmark(dataset, data_root, folders=(), size=SIZE):
     """Every test set -> ({'id': (images, labels), name or full path: (images, labels)}, names of missing OOD sets)."""
-    sets = {"id": load(dataset, "test", data_root)}
-    found = {name: load(dataset, name, data_root) for name in sum(ID_SETS[dataset]["groups"].values(), ())}
+    sets = {"id": load(dataset, "test", data_root, size)}
+    found = {name: load(dataset, name, data_root, size) for name in sum(ID_SETS[dataset]["groups"].values(), ())}
     sets |= {name: loaded for name, loaded in found.items() if loaded}  # scenes: not of the benchmark, never missing
     for folder in folders:
-        images = read_folder(folder, ID_SETS[dataset].get("size", SIZE))[0]
+        images = read_folder(folder, size)[0]
         sets[os.path.abspath(folder)] = images, torch.full((len(images),), -1)
     return sets, [name for name, loaded in found.items() if loaded is None and name != "scenes"]
 
@@ -547,7 +582,8 @@ def reference(net, dataset, images, device):
 def evaluate(net, sets, dataset, device, scores, ref):
     """One network on load_benchmark's sets and its reference() -> (entry of results.json, {score: {set: conf [N]}})."""
     names, sizes = list(sets), [len(images) for images, _ in sets.values()]
-    logits, features = outputs(net, torch.cat([images for images, _ in sets.values()]), dataset, device)
+    found = [outputs(net, images, dataset, device) for images, _ in sets.values()]
+    logits, features = map(torch.cat, zip(*found))
     accuracy = (logits[:sizes[0]].argmax(1) == sets["id"][1]).double().mean().item()
     entry, by_set = {"id_acc": 100 * accuracy, "n_id": sizes[0], "scores": {}}, {}
     group_of = {name: group for group, members in ID_SETS[dataset]["groups"].items() for name in members}
@@ -591,7 +627,7 @@ def tables(runs):
     A row is the student of one set of options, whatever the seed and the shared networks, under the words that not all
     commands begin with. The starts, one a seed, are a row of their own, as is a network measured by evaluate.py.
     """
-    of_a_run = r" --(resume|(seed|out|data-root|device|ce|teacher)[ =]('[^']*'|\S+))(?= |$)"
+    of_a_run = r" --(resume|(seed|out|data-root|device|ce|teacher)[ =](?!vit_b_16)('[^']*'|\S+))(?= |$)"
     commands = [re.sub(of_a_run, "", results["command"]).replace("=", " ").split() for results in runs]
     base = os.path.commonprefix([words for words in commands if words[0] == "train.py"])
     base = base[:-1] if base and base[-1].startswith("--") else base  # its value is not common
@@ -600,12 +636,13 @@ def tables(runs):
     rows = {}  # what makes a row -> (its name, {seed, or number of the run: entry of results.json's models})
     for i, (results, words) in enumerate(zip(runs, commands)):
         for name, entry in results["models"].items():
-            options = {**results.get("options", {}), "seed": 0, "ce": 0, "teacher": 0}
+            options = {"size": SIZE, **results.get("options", {})}
+            options |= {"seed": 0, "ce": 0, "teacher": options.get("teacher") == "vit_b_16"}
             key, label = (name, str(options)), f"`{' '.join(words[len(base):])}`" if words[len(base):] else "student"
             if "seed" not in results:  # of evaluate.py: runs whose commands differ in numbers alone
                 key, label = (name, re.sub(r"\d+", "", results["command"])), name
             elif name == "ce":
-                key = (name, results["dataset"], results["arch"], len(lengths) > 1 and length(results))
+                key = (name, results["dataset"], results["arch"], options["size"], len(lengths) > 1 and length(results))
                 label = f"start: cross-entropy, {results['arch']}"
             held = rows.setdefault(key, (label, {}))[1].setdefault(results.get("seed", f"run {i}"), entry)
             if held["id_acc"] != entry["id_acc"] or name != "ce" and held != entry:  # a start is measured once a row
@@ -703,7 +740,8 @@ def common_parser(doc):
     parser.error = fail
     parser.add_argument("--dataset", default="shapes", metavar="{" + ",".join(NAMED) + ",FOLDER}",
                         help="the ID set; FOLDER holds your images as train/CLASS/..., and val/ and test/ if you like")
-    parser.add_argument("--size", type=int, choices=(32, 64, 128), default=SIZE, help="side of a FOLDER's images (32)")
+    parser.add_argument("--size", type=int, choices=(32, 64, 128, 224), default=SIZE,
+                        help="side of the images (32); 224: with the stem of torchvision's ResNet")
     parser.add_argument("--data-root", help="folder in the OpenOOD v1.5 layout, or where torchvision downloads (data)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
                         "mps" if torch.backends.mps.is_available() else "cpu")
@@ -716,8 +754,6 @@ def check_common(args):
         (torch.zeros(1, device=args.device) + 1).item()  # a value has to come back: none does from 'meta'
     except (RuntimeError, AssertionError, ImportError) as problem:  # a torch built without CUDA: an AssertionError
         fail(f"no device {args.device}: {str(problem).splitlines()[0]}")
-    if args.dataset in NAMED and args.size != SIZE:
-        fail(f"--size {args.size}: the images of {args.dataset} are {SIZE} wide: leave it out")
     if args.dataset not in NAMED and not Path(args.dataset).is_dir():
         fail(f"no dataset {args.dataset}: choose one of {', '.join(NAMED)}, or a folder that holds train/CLASS/...")
     if args.data_root is not None and not Path(args.data_root).is_dir():
@@ -746,7 +782,7 @@ def main():
     check_common(args)
     classes, nets = id_set(args)["classes"], {}
     for path in args.checkpoints:
-        nets[Path(path).stem if Path(path).stem not in nets else path] = load_network(path, classes)
+        nets[Path(path).stem if Path(path).stem not in nets else path] = load_network(path, classes, size=args.size)
     if args.flag:
         return flag(*nets.values(), "micl" if args.score == "all" else args.score, args)
     results_path = Path(args.out) / "results.json"
@@ -759,7 +795,7 @@ def main():
     if args.score == "all" and train_list.parent.is_dir() and not train_list.is_file():
         scores = [score for score in scores if score not in NEED_TRAINING_SET]
         print(f"no {train_list}: {', '.join(NEED_TRAINING_SET)} left out", file=sys.stderr)
-    sets, missing = load_benchmark(args.dataset, args.data_root, args.ood)
+    sets, missing = load_benchmark(args.dataset, args.data_root, args.ood, args.size)
     if len(sets) == 1:
         fail(f"no OOD set for {args.dataset} ({', '.join(missing) or 'none'} missing): name folders with --ood")
     results = {**describe("evaluate.py", args), "missing": missing, "models": {}}
@@ -791,7 +827,8 @@ def reference_and_critic(net, scores, args):
         if not fits:
             fail(f"{path} is not the critic of the weights beside it: remove it, and there is no probability")
     if any(score == "knn" or score in ("fdbd", "micl") and not critic for score in scores):
-        return reference(net, args.dataset, load(args.dataset, "train", args.data_root)[0], args.device), critic
+        images, _ = load(args.dataset, "train", args.data_root, args.size)
+        return reference(net, args.dataset, images, args.device), critic
     return {"weight": net.fc.weight.detach().cpu().float(), "mean": critic and critic.mean}, critic
 
 
@@ -800,7 +837,7 @@ def flag(net, score, args):
     images, paths, bad = read_folder(args.flag, args.size)
     ref, critic = reference_and_critic(net, [score], args)
     of_val, conf = (SCORES[score](*outputs(net, of, args.dataset, args.device), ref).double()
-                    for of in (load(args.dataset, "val", args.data_root)[0], images))
+                    for of in (load(args.dataset, "val", args.data_root, args.size)[0], images))
     threshold = threshold_at(of_val, args.threshold_tpr)
     rows = [["path", score, "verdict", "p_id"]]
     for path, value in zip(paths, conf):

@@ -1,8 +1,9 @@
-"""Networks: residual classifiers of three sizes for 32x32 images, and the projection of released feature distillation.
+"""Networks: residual classifiers of three sizes, the ViT that can teach them, the projection of its features.
 
 `resnet18` is the network of the OpenOOD v1.5 CIFAR board; its parameter names and shapes are those of OpenOOD's
 `ResNet18_32x32`, so checkpoints travel both ways. `resnet_small` has the same names, one block per stage and half the
 width (1.2 M parameters), and trains on a laptop; `resnet_tiny`, a quarter as wide (0.3 M), is for the embedded images.
+For images of 224 each has the stem, the blocks and the names of torchvision's ResNet.
 
 A classifier is two halves: `lower` ends with the feature map of stage 2, `upper` goes from there to the features.
 OAL's synthesised latents are such maps: they enter between the halves and never exist as images.
@@ -10,9 +11,12 @@ OAL's synthesised latents are such maps: they enter between the halves and never
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.models import VisionTransformer, resnet
 
 # Residual blocks per stage, width of the first stage.
 ARCHS = {"resnet18": (2, 64), "resnet_small": (1, 32), "resnet_tiny": (1, 16)}
+# ViT-B/16 (Dosovitskiy et al., arXiv 2010.11929), the teacher of the released code.
+VIT = dict(image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072)
 
 
 class BasicBlock(nn.Module):
@@ -33,32 +37,44 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
+def torchvision_block(in_width, width, stride):
+    """BasicBlock with torchvision's names."""
+    shortcut = None
+    if stride != 1 or in_width != width:
+        shortcut = nn.Sequential(nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+    return resnet.BasicBlock(in_width, width, stride, shortcut)
+
+
 class ResNet(nn.Module):
-    """Residual network for images 32 to 128 wide: 3x3 stem without max-pool, four stages, mean pool, linear classifier.
+    """Residual network: stem, four stages, mean pool, linear classifier.
 
     net(x) -> logits [B, C];  net(x, return_feature=True) -> (logits [B, C], features [B, D]), D = 8 * width.
+    For images 32 to 128 wide the stem is a 3x3 convolution, so that stage 2 has 1 / R = 1 / 2 of their side; for 224 it
+    is torchvision's, a 7x7 convolution and a pool at stride 2 each, and R = 8.
     """
 
-    def __init__(self, blocks, width, num_classes):
+    def __init__(self, blocks, width, num_classes, size=32):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        large = size >= 224
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False) if large else nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
+        block, widths = torchvision_block if large else BasicBlock, [width, width, 2 * width, 4 * width, 8 * width]
         for i in range(4):
-            stage = [BasicBlock(widths[i] if j == 0 else widths[i + 1], widths[i + 1], 2 if i and j == 0 else 1)
+            stage = [block(widths[i] if j == 0 else widths[i + 1], widths[i + 1], 2 if i and j == 0 else 1)
                      for j in range(blocks)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
         self.fc = nn.Linear(widths[-1], num_classes)
 
     def lower(self, x):
-        """Images [B, 3, S, S] -> feature map of stage 2 [B, 2 * width, S/2, S/2]."""
-        x = F.relu(self.bn1(self.conv1(x)))  # [B, W, S, S]
-        return self.layer2(self.layer1(x))   # [B, 2W, S/2, S/2]
+        """Images [B, 3, S, S] -> feature map of stage 2 [B, 2 * width, S/R, S/R]."""
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))  # [B, W, 2S/R, 2S/R]
+        return self.layer2(self.layer1(x))                 # [B, 2W, S/R, S/R]
 
     def upper(self, maps, return_maps=False):
-        """Stage-2 map [B, 2 * width, S/2, S/2] -> features [B, 8 * width], if asked with the maps of stages 3, 4."""
-        third = self.layer3(maps)                 # [B, 4W, S/4, S/4]
-        fourth = self.layer4(third)               # [B, 8W, S/8, S/8]
+        """Stage-2 map [B, 2 * width, S/R, S/R] -> features [B, 8 * width], if asked with the maps of stages 3, 4."""
+        third = self.layer3(maps)                 # [B, 4W, S/2R, S/2R]
+        fourth = self.layer4(third)               # [B, 8W, S/4R, S/4R]
         features = fourth.float().mean((2, 3))    # [B, D]; float32: energies of bf16 features would tie
         return (features, (third, fourth)) if return_maps else features
 
@@ -73,11 +89,39 @@ class ResNet(nn.Module):
             return self.fc(features)
 
 
-def build(name, num_classes):
-    """The classifier `name`, a key of ARCHS, with fresh weights; ValueError for any other name."""
+class ViT(VisionTransformer):
+    """torchvision's VisionTransformer as a classifier like the ResNet above; features [B, 768] are its class token.
+
+    Takes images of any size, which it enlarges itself, on their device.
+    """
+
+    def __init__(self, num_classes):
+        super().__init__(**VIT, num_classes=num_classes)
+
+    fc = property(lambda self: self.heads.head)
+    forward, classify = ResNet.forward, ResNet.classify
+
+    def lower(self, x):
+        """Images [B, 3, S, S] -> tokens [B, 1 + P, D]: the class's, then those of the P patches."""
+        patches = self.conv_proj(F.interpolate(x, self.image_size, mode="bilinear"))      # [B, D, sqrt P, sqrt P]
+        return torch.cat([self.class_token.expand(len(x), -1, -1), patches.flatten(2).mT], dim=1)
+
+    def upper(self, tokens, return_maps=False):
+        """Tokens [B, 1 + P, D] -> features [B, D], if asked with no maps."""
+        features = self.encoder(tokens)[:, 0].float()
+        return (features, ()) if return_maps else features
+
+
+def build(name, num_classes, size=32):
+    """The classifier `name`, a key of ARCHS or vit_b_16, with fresh weights, for images `size` wide.
+
+    ValueError for any other name.
+    """
+    if name == "vit_b_16":
+        return ViT(num_classes)
     if name not in ARCHS:
-        raise ValueError(f"unknown arch '{name}': choose one of {', '.join(ARCHS)}")
-    return ResNet(*ARCHS[name], num_classes)
+        raise ValueError(f"unknown arch '{name}': choose one of {', '.join(ARCHS)}, vit_b_16")
+    return ResNet(*ARCHS[name], num_classes, size)
 
 
 def autocast(device):

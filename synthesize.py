@@ -380,14 +380,14 @@ def ridge(x, y, strength=1.0):
     return weight.float(), (y_mean - x_mean @ weight).float()
 
 
-def synthesize_sd(pipe, net, images, labels, args, generator):
+def synthesize_sd(pipe, net, images, labels, args, generator, teacher=None):
     """`synthesize` by Stable Diffusion -> the tensors of outliers.pt, on the CPU; draws a picture for args.show.
 
     args.sd_latents latents M, each under a random one of the boundary outliers [C * per_class, E], so of a random
     class. latent [M, L] are their codes, by a map fitted to ID images; released [M, 64] (of v1) are they themselves as
     the released trainer reduces them: mean over channels, then over rows.
     """
-    features = torch.cat([F.normalize(h, dim=1) for _, h in evaluate.stage2(net, images, args.dataset, args.device)])
+    features = unit_features(teacher or net, images, args.dataset, args.device)
     labels, words = labels.to(args.device), class_words(pipe, evaluate.ID_SETS[args.dataset]["names"])
     if features.shape[1] != words.shape[1]:
         features = features @ align(features, labels, words, generator)
@@ -412,12 +412,18 @@ def synthesize_sd(pipe, net, images, labels, args, generator):
 # --- The whole stage: a trained network and its training images -> outliers.pt. --------------------------------------
 
 
-def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generator, device):
+def unit_features(net, images, dataset, device):
+    """Images uint8 [N, 3, S, S] -> features [N, D] of unit length, on the device."""
+    return torch.cat([F.normalize(features, dim=1) for _, features in evaluate.stage2(net, images, dataset, device)])
+
+
+def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generator, device, teacher=None):
     """A trained network and its training set -> the tensors of outliers.pt, on the CPU.
 
     boundary [N, D] and latent [N, L] with boundary_labels and latent_labels [N], sorted by class, per_class of each;
     mean, basis and scale are the codec of the latents. Latent i was drawn under the condition boundary[i]. The
-    diffusion model takes diffusion_steps, or 20 passes over the images if fewer: beyond, it learns them by heart.
+    diffusion model takes diffusion_steps, or 20 passes over the images if fewer: beyond, it learns them by heart. With
+    a teacher the features are its own, as in the released code.
     """
     diffusion_steps = min(diffusion_steps, 20 * len(images) // BATCH)
     spread = torch.linspace(0, len(images) - 1, min(2000, len(images))).long()  # the lists are sorted by class
@@ -428,6 +434,8 @@ def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generat
     pairs = [(encode(maps, codec), F.normalize(features, dim=1))
              for maps, features in evaluate.stage2(net, images, dataset, device)]
     latents, features = (torch.cat(parts) for parts in zip(*pairs))                       # [N, L], [N, D]
+    if teacher:
+        features = unit_features(teacher, images, dataset, device)
     boundary, classes = boundary_outliers(features, labels.to(device), per_class, generator)
     print(f"synthesize: {len(boundary)} boundary outliers", flush=True)
 
@@ -453,7 +461,7 @@ def given_outliers(args, net):
 
     load = lambda file: torch.load(file, map_location="cpu", weights_only=True)
     finite = lambda *parts: all(part.is_floating_point() and part.numel() and part.isfinite().all() for part in parts)
-    found, map_size = {}, 2 * len(net.conv1.weight) * (evaluate.ID_SETS[args.dataset].get("size", 32) // 2) ** 2
+    found, map_size = {}, 2 * len(net.conv1.weight) * (args.size // (8 if args.size >= 224 else 2)) ** 2
     if args.outliers not in ("diffusion", "noise"):
         found = read(args.outliers, load, lambda o: finite(o["boundary"], o["latent"], o["basis"], o["scale"])
                      and o["basis"].shape == (o["latent"].shape[1], map_size) and o["mean"].shape == (map_size,)
@@ -478,7 +486,7 @@ def show(path, outliers, features, images, labels, rows=8, neighbours=9):
 
     The first column is the image nearest to the class's mean feature, for comparison.
     """
-    features, grid = F.normalize(features, dim=1), []
+    grid = []
     for label in outliers["boundary_labels"].unique()[:rows]:
         mean = features[labels == label].mean(0)
         outlier = outliers["boundary"][outliers["boundary_labels"] == label][0]
@@ -497,6 +505,7 @@ def save_picture(path, images, columns):
 def main():
     parser = evaluate.common_parser(__doc__)
     parser.add_argument("checkpoint", help="weights of the network whose feature space is searched")
+    parser.add_argument("--teacher", metavar="FILE", help="find the boundary in the features of this network instead")
     parser.add_argument("--out", default="outliers.pt", help="file for the outliers")
     parser.add_argument("--show", metavar="FILE.png",
                         help="also draw the training images nearest to boundary outliers, or the images of sd")
@@ -514,22 +523,28 @@ def main():
         evaluate.fail(f"{args.out} is there already: remove it, or name another file with --out")
     if args.show and Path(args.show).suffix.lower() != ".png":
         evaluate.fail(f"--show {args.show}: the file must end in .png")
-    net = evaluate.load_network(args.checkpoint, evaluate.id_set(args)["classes"])
+    classes = evaluate.id_set(args)["classes"]
+    net, teacher = (path and evaluate.load_network(path, classes, size=args.size)
+                    for path in (args.checkpoint, args.teacher))
+    if isinstance(net, models.ViT):
+        evaluate.fail(f"{args.checkpoint} is a ViT, which has no feature maps: name a ResNet, and this by --teacher")
     pipe = load_sd(args.sd_model, args.device) if args.generator == "sd" else None
-    images, labels = evaluate.load(args.dataset, "train", args.data_root)
+    images, labels = evaluate.load(args.dataset, "train", args.data_root, args.size)
     if labels.bincount().eq(1).any():
         evaluate.fail(f"a class of {args.dataset} has a single image, which has no nearest neighbour: add one")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of work
     g = torch.Generator().manual_seed(10 * args.seed + 2)  # train.py's: same options, same outliers
     if pipe:
-        outliers = synthesize_sd(pipe, net, images, labels, args, g)
+        outliers = synthesize_sd(pipe, net, images, labels, args, g, teacher)
     else:
-        outliers = synthesize(net, images, labels, args.dataset, args.per_class, args.diffusion_steps, g, args.device)
+        outliers = synthesize(net, images, labels, args.dataset, args.per_class, args.diffusion_steps, g, args.device,
+                              teacher)
     evaluate.write(args.out, outliers)
     Path(f"{args.out}.partial").unlink(missing_ok=True)
     print(f"written: {args.out}")
     if args.show and not pipe:
-        show(args.show, outliers, evaluate.outputs(net, images, args.dataset, args.device)[1], images, labels)
+        features = unit_features(teacher or net, images, args.dataset, args.device).cpu()
+        show(args.show, outliers, features, images, labels)
         print(f"written: {args.show}")
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from sklearn import metrics as sk
 
@@ -213,6 +214,19 @@ def test_a_users_folder_never_takes_a_sets_place(tmp_path, monkeypatch):
     assert {name: len(images) for name, (images, _) in sets.items()} == {"id": 8, "svhn": 6, str(tmp_path / "svhn"): 1}
 
 
+def test_a_list_is_read_at_every_size(tmp_path):
+    """Each from its own cache; a photograph is not made small on its way to 224."""
+    root = openood_tree(tmp_path)
+    path = root / "images_classic" / "test_svhn" / "0.png"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(300, 260, 3), dtype=np.uint8)).save(path)
+    for size in (32, 224, 32, 224):
+        images, _ = evaluate.load("cifar100", "svhn", root, size)
+        assert images.shape == (6, 3, size, size)
+        assert images[0].equal(evaluate.to_tensor(Image.open(path), size))
+    assert len(list((root / "oal_cache").rglob("test_svhn*.pt"))) == 2
+    assert evaluate.load("shapes", "val", None, 64)[0].shape == (500, 3, 64, 64)
+
+
 def test_missing_sets_and_files(tmp_path, capsys):
     root = openood_tree(tmp_path)
     sets, missing = evaluate.load_benchmark("cifar100", root)
@@ -338,6 +352,86 @@ def test_networks(arch, dim, parameters):
     assert logits.shape == (2, 10) and features.shape == (2, dim) and net(x).equal(logits)
     assert torch.allclose(net.upper(net.lower(x)), features)
     assert torch.allclose(features @ net.fc.weight.T + net.fc.bias, logits, atol=1e-5)
+
+
+def test_at_224_a_resnet_is_torchvisions():
+    theirs, net = torchvision.models.resnet18(num_classes=10).eval(), models.build("resnet18", 10, 224).eval()
+    assert {name: value.shape for name, value in net.state_dict().items()} == {
+        name: value.shape for name, value in theirs.state_dict().items()}
+    net.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 224, 224, generator=rng())
+    assert torch.allclose(net(x), theirs(x), atol=1e-5) and net.lower(x).shape == (2, 128, 28, 28)
+    assert models.build("resnet_tiny", 10, 128).lower(x[..., :128, :128]).shape == (2, 32, 64, 64)
+
+
+def test_the_vit_is_vit_b_16():
+    with torch.device("meta"):
+        net = models.build("vit_b_16", 100)
+    assert sum(p.numel() for p in net.parameters()) == 85_798_656 + 100 * 768 + 100    # as timm counts its features
+
+
+@pytest.fixture
+def small_vit(monkeypatch):
+    """A VisionTransformer of two layers and four patches in place of ViT-B/16."""
+    vit = dict(image_size=64, patch_size=32, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=24)
+    monkeypatch.setattr(models, "VIT", vit)
+    return vit
+
+
+def test_a_vit_with_torchvisions_and_with_timms_names(small_vit, tmp_path):
+    """torchvision's own logits on enlarged images; and those of timm's network, written out in its names."""
+    theirs = torchvision.models.VisionTransformer(**small_vit, num_classes=5).eval()
+    torch.nn.init.normal_(theirs.heads.head.weight, generator=rng())
+    torch.save(theirs.state_dict(), tmp_path / "net.pt")
+    net = evaluate.load_network(tmp_path / "net.pt", 5)
+    x = torch.randn(3, 3, 32, 32, generator=rng(1))
+    large = F.interpolate(x, (64, 64), mode="bilinear", align_corners=False)
+    logits, features = net(x, return_feature=True)
+    assert torch.allclose(logits, theirs(large), atol=1e-5) and torch.allclose(net(large), logits, atol=1e-5)
+    assert features.shape == (3, 12) and torch.allclose(features @ net.fc.weight.T + net.fc.bias, logits, atol=1e-5)
+
+    shapes = {"cls_token": (1, 1, 12), "pos_embed": (1, 5, 12), "patch_embed.proj.weight": (12, 3, 32, 32),
+              "patch_embed.proj.bias": (12,), "norm.weight": (12,), "norm.bias": (12,), "head.weight": (5, 12),
+              "head.bias": (5,)}
+    for i in range(2):
+        for name, out, width in (("attn.qkv", 36, 12), ("attn.proj", 12, 12), ("mlp.fc1", 24, 12), ("mlp.fc2", 12, 24)):
+            shapes |= {f"blocks.{i}.{name}.weight": (out, width), f"blocks.{i}.{name}.bias": (out,)}
+        shapes |= {f"blocks.{i}.norm{k}.{part}": (12,) for k in (1, 2) for part in ("weight", "bias")}
+    g = rng(2)
+    timm = {name: 0.3 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    linear = lambda name, h: h @ timm[f"{name}.weight"].T + timm[f"{name}.bias"]
+    norm = lambda name, h: F.layer_norm(h, (12,), timm[f"{name}.weight"], timm[f"{name}.bias"], 1e-6)
+    patches = [large[:, :, 32 * r:32 * r + 32, 32 * c:32 * c + 32].flatten(1) for r in (0, 1) for c in (0, 1)]
+    proj = timm["patch_embed.proj.weight"].flatten(1)
+    h = torch.stack([patch @ proj.T + timm["patch_embed.proj.bias"] for patch in patches], 1)       # [3, 4, 12]
+    h = torch.cat([timm["cls_token"].expand(3, 1, 12), h], 1) + timm["pos_embed"]
+    for i in range(2):
+        qkv = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", h)).reshape(3, 5, 3, 2, 6).permute(2, 0, 3, 1, 4)
+        mixed = (qkv[0] @ qkv[1].mT / 6 ** 0.5).softmax(-1) @ qkv[2]                                # [3, 2, 5, 6]
+        h = h + linear(f"blocks.{i}.attn.proj", mixed.transpose(1, 2).reshape(3, 5, 12))
+        h = h + linear(f"blocks.{i}.mlp.fc2", F.gelu(linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", h))))
+    torch.save(timm, tmp_path / "timm.pt")
+    net = evaluate.load_network(tmp_path / "timm.pt", 5)
+    assert torch.allclose(net(x), linear("head", norm("norm", h)[:, 0]), atol=1e-5)
+
+
+def test_imagenet_weights_of_the_vit(small_vit, tmp_path, monkeypatch, capsys):
+    """From the data root, with a head of zeros; without them, or with others, one line that says where to put them."""
+    state = torchvision.models.VisionTransformer(**small_vit, num_classes=1000).state_dict()
+    path = tmp_path / "vit_b_16-c867db91.pth"
+    torch.save(state, path)
+    net = evaluate.load_imagenet_vit(7, tmp_path)
+    assert net.fc.weight.shape == (7, 12) and not net.fc.weight.any() and not net.fc.bias.any()
+    assert all(value.equal(state[name]) for name, value in net.state_dict().items() if "heads" not in name)
+    def refused(url, *words, **more):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refused)
+    for damage, says in ((path.unlink, "no route to host"), (lambda: path.write_text("text"), "no weights"),
+                         (lambda: torch.save({**state, "more": torch.ones(1)}, path), "more")):
+        damage()
+        status, error = ended(lambda: evaluate.load_imagenet_vit(7, tmp_path), capsys)
+        assert status == 2 and error.startswith(f"error: no weights {path} (") and says in error
+        assert error.count("\n") == 1 and "pytorch.org/models/vit_b_16-c867db91.pth" in error
 
 
 def test_unknown_arch():
@@ -1167,8 +1261,7 @@ def test_what_cannot_be_read_is_an_error(words, locked, tmp_path, monkeypatch, c
     (train, "--w-kd nan", "nan"), (train, "--w-latent inf", "inf"), (train, "--w-kd wide", "wide"),
     (train, "--seed 12345678901234567890", "12345678901234567890"), (train, "--seed 1.5", "1.5"),
     (synthesize, "x.pt --seed 12345678901234567890", "12345678901234567890"),
-    (train, "--size 48", "48"), (train, "--size 64", "--size 64"),
-    (evaluate, "x.pt --dataset cifar10 --size 128", "--size 128"), (evaluate, "x.pt --dataset moon", "moon"),
+    (train, "--size 48", "48"), (evaluate, "x.pt --dataset moon", "moon"),
     (synthesize, "x.pt --dataset moon", "moon"), (train, "--w-boundary 1", "--w-boundary"),
     (train, "--outliers no.pt", "no.pt"), (train, "--latent-file no.pt", "--recipe released"),
     (train, "--recipe released --boundary-file no.npy", "no.npy"),
@@ -1272,6 +1365,10 @@ def test_checkpoints_of_others(form, tmp_path):
     (None, lambda s: {**s, "fc.weight": torch.tensor(1.0)}, "fc.weight"),
     (None, lambda s: {**s, "conv1.weight": torch.tensor(1.0)}, "unknown arch"),
     (None, lambda s: {"fc.weight": s["fc.weight"]}, "unknown arch"),
+    (None, lambda s: models.build("resnet_tiny", 10, 224).state_dict(), "add --size 224"),
+    (None, lambda s: {"conv_proj.weight": torch.ones(1)}, "does not fit vit_b_16"),
+    (None, lambda s: {"cls_token": torch.ones(1), "patch_embed.proj.weight": torch.ones(1), "head.bias": torch.ones(9)},
+     "9 classes"),
     (None, lambda s: b"text", "not a file of weights"), (None, lambda s: b"", "not a file of weights"),
     (None, lambda s: "cut", "cut short"), (None, lambda s: "folder", "Is a directory")])
 def test_what_is_no_checkpoint_is_an_error(arch, form, says, tmp_path, capsys):
@@ -1475,14 +1572,20 @@ def test_the_released_recipe_is_that_of_released_md(tiny, tmp_path, monkeypatch,
     latents = torch.randn(20, 3, 64, 64, generator=rng())
     torch.save(latents, tmp_path / "l.pt")
     files = "--boundary-file", tmp_path / "b.npy", "--latent-file", tmp_path / "l.pt"
-    tiny(tmp_path / "a", "--recipe", "released", "--epochs", 1, *files)
+    chosen, inner = [], train.train                      # the stages of which the best epoch is kept
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train", lambda *words: chosen.extend(words[:1] * (len(words) == 10 and bool(words[9])))
+                      or inner(*words))
+        tiny(tmp_path / "a", "--recipe", "released", "--epochs", 1, *files)
+        tiny(tmp_path / "ours", "--epochs", 1)
+    assert chosen == ["ce", "oal"]
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     outliers = torch.load(tmp_path / "a" / "outliers.pt", weights_only=True)
     assert outliers["boundary"].equal(torch.from_numpy(np.load(tmp_path / "b.npy")).reshape(48, 768))
     assert outliers["latent"].shape == (60, 64) and outliers["boundary_labels"].bincount().tolist() == [6] * 8
     assert torch.allclose(outliers["latent"][4], latents[1, 1].mean(0)) and "basis" not in outliers  # nothing was made
-    given, rates = groups[-1]
-    assert [{**rates, **group}["lr"] for group in given] == [0.005, 0.01, 1e-4, 1e-4] and len(groups) == 3
+    given, rates = groups[2]
+    assert [{**rates, **group}["lr"] for group in given] == [0.005, 0.01, 1e-4, 1e-4]
     assert rates == dict(lr=0.005, momentum=0.9, nesterov=True, weight_decay=5e-4)
     assert results["options"]["oal_epochs"] == 1 and train.RECIPES["released"]["oal_epochs"] == 100
     torch.save(latents[:, :2], tmp_path / "l.pt")                                   # neither of the two shapes
@@ -1556,8 +1659,8 @@ def test_outlier_files_that_are_none(option, content, tmp_path, capsys):
             np.save(file, content)
     else:
         torch.save(content, path)
-    args = argparse.Namespace(dataset="shapes", **{"outliers": "diffusion", "boundary_file": None, "latent_file": None,
-                                                   option: str(path)})
+    args = argparse.Namespace(**{"dataset": "shapes", "size": 32, "outliers": "diffusion", "boundary_file": None,
+                                 "latent_file": None, option: str(path)})
     with pytest.raises(SystemExit) as stop:
         synthesize.given_outliers(args, models.build("resnet_tiny", 8))
     error = capsys.readouterr().err
@@ -1600,7 +1703,7 @@ def test_a_step_of_the_student(monkeypatch):
         assert abs(terms(x, y)["feat"].item() - 0.25) < 2e-3
 
 
-def test_the_cuda_path_without_a_gpu(monkeypatch):
+def test_the_cuda_path_without_a_gpu(small_vit, monkeypatch):
     """Under fake tensors every tensor of a step, of the latents and of evaluation lives on 'cuda', and none is mixed
     with one of the CPU: a mixed operation raises. Forward passes alone: the backward pass needs a real device."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -1616,10 +1719,12 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", to)
     monkeypatch.setattr(synthesize, "gaussian_outliers", lambda *words: torch.zeros(9, 128))  # of the CPU alone
     monkeypatch.setattr(evaluate, "check_outputs", lambda *words: None)                       # fake ones have no value
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, *words, **more: tensor)
     args = argparse.Namespace(dataset="shapes", device="cuda", outliers="diffusion", rank=0, world=1, batch=8, crop=1,
                               weights={"boundary": 0.1, "latent": 0.2}, per_class=1, seed=0)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        net, teacher, wide = (models.build(one, 8).to("cuda") for one in ("resnet_tiny", "resnet_tiny", "resnet_small"))
+        net, teacher, wide, vit = (models.build(one, 8).to("cuda")
+                                   for one in ("resnet_tiny", "resnet_tiny", "resnet_small", "vit_b_16"))
         images = torch.zeros(16, 3, 32, 32, dtype=torch.uint8, device="cuda")
         x, y = train.augment(images[:8], 1, rng()), torch.zeros(8, dtype=torch.int64, device="cuda")
         codec = {"mean": torch.zeros(8192, device="cuda"), "basis": torch.zeros(5, 8192, device="cuda"),
@@ -1628,7 +1733,7 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
         for make, words in ((train.oal_terms, ("diffusion", None)), (train.oal_terms, ("noise", None)),
                             (train.released_terms, ("diffusion", None)), (train.peer_terms, ("diffusion", "vos")),
                             (train.peer_terms, ("diffusion", "logitnorm"))):
-            for master in (teacher, wide):
+            for master in (teacher, wide, vit):
                 args.outliers, args.peer = words
                 heads, terms = make(net, master, outliers, images, y, args, rng())
                 for head in heads.values():
@@ -1655,6 +1760,76 @@ def test_resnet18_takes_three_steps_of_each_stage(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(1) or step(self))
     train.main()
     assert len(steps) == 9 and json.loads((tmp_path / "a" / "results.json").read_text())["arch"] == "resnet18"
+
+
+def test_a_vit_teaches(tiny, small_vit, tmp_path, monkeypatch, capsys):
+    """Fine-tuned by Adam, head and body at their rates; the boundary is that of its features, in train.py and in
+    synthesize.py; both recipes distil from it; the table tells it from the teacher of the default."""
+    state = torchvision.models.VisionTransformer(**small_vit, num_classes=1000).state_dict()
+    torch.save(state, tmp_path / "vit_b_16-c867db91.pth")
+    a, vit = tmp_path / "a", ("--data-root", tmp_path, "--teacher")
+    tiny(a, "--epochs", 1, *vit, "vit_b_16")
+    tuned = torch.load(a / "teacher.pt", weights_only=True)
+    moved = {name: (value - (0 if "head" in name else state[name])).abs().max() for name, value in tuned.items()}
+    rate = sum(0.5 * (1 + math.cos(math.pi * t / 5)) for t in range(5))                 # 5 steps of 64 images
+    for name, most in moved.items():  # a step of Adam is at most a little over its rate, at first exactly that
+        lr = 1e-4 if "head" in name else 1e-6
+        assert 0.5 * lr < most < 1.2 * rate * lr, name
+    teacher, (images, labels) = evaluate.load_network(a / "teacher.pt", 8), evaluate.load("shapes", "train")
+    features = F.normalize(evaluate.outputs(teacher, images, "shapes", "cpu")[1], dim=1)
+    expected, _ = synthesize.boundary_outliers(features, labels, 4, train.generator(0, "synthesize"))
+    outliers = torch.load(a / "outliers.pt", weights_only=True)
+    assert torch.allclose(outliers["boundary"], expected, atol=1e-5) and expected.shape == (32, 12)
+    words = f"{a}/ce.pt --teacher {a}/teacher.pt --out {tmp_path}/o.pt --per-class 4 --diffusion-steps 10 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", *words.split(), "--show", f"{tmp_path}/o.png"])
+    synthesize.main()
+    again = torch.load(tmp_path / "o.pt", weights_only=True)
+    assert all(again[name].equal(value) for name, value in outliers.items())
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", f"{a}/teacher.pt", "--device", "cpu", "--out", "no.pt"])
+    status, error = ended(synthesize.main, capsys)
+    assert status == 2 and "is a ViT" in error
+
+    same = "--ce", a / "ce.pt", "--epochs", 1, *vit, a / "teacher.pt"
+    tiny(tmp_path / "file", *same)
+    tiny(tmp_path / "none", "--w-kd", 0, "--w-feat", 0, *same)
+    tiny(tmp_path / "released", "--recipe", "released", *same)
+    tiny(tmp_path / "own", "--epochs", 1, "--data-root", tmp_path)
+    load = lambda run: torch.load(tmp_path / run / "student.pt", weights_only=True)["conv1.weight"]
+    assert load("file").equal(load("a"))
+    assert not any(load("a").equal(load(run)) for run in ("none", "released", "own"))
+    assert torch.load(tmp_path / "released" / "outliers.pt", weights_only=True)["boundary"].shape == (32, 12)
+    rows = evaluate.collect([tmp_path / run / "results.json" for run in ("own", "a")])
+    assert [row.split(" | ")[0] for row in rows if row.startswith("| ")][1:4] == [
+        "| start: cross-entropy, resnet_tiny", "| student", "| `--teacher vit_b_16`"]
+
+
+def test_at_224_the_whole_method_runs(tiny, tmp_path, monkeypatch, capsys):
+    """Train, measure again, draw outliers again; a network for 224 is not taken for one for 32, nor the reverse."""
+    monkeypatch.setattr(evaluate, "SHAPES_SIZES", {name: n // 4 for name, n in evaluate.SHAPES_SIZES.items()})
+    tiny(tmp_path / "a", "--size", 224, "--epochs", 1)
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert results["options"]["size"] == 224
+    assert "layer2.0.downsample.0.weight" in torch.load(tmp_path / "a" / "student.pt", weights_only=True)
+    student = str(tmp_path / "a" / "student.pt")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", student, "--size", "224", "--device", "cpu", "--out",
+                                      str(tmp_path / "e")])
+    evaluate.main()
+    again = json.loads((tmp_path / "e" / "results.json").read_text())["models"]["student"]
+    assert again == results["models"]["oal"]
+    torch.save(models.build("resnet_tiny", 8).state_dict(), tmp_path / "small.pt")
+    for words, says in (([student], "add --size 224"), ([f"{tmp_path}/small.pt", "--size", "224"], "leave out --size")):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words, "--device", "cpu"])
+        status, error = ended(evaluate.main, capsys)
+        assert status == 2 and says in error
+    words = [student.replace("student", "ce"), "--size", "224", "--per-class", "4", "--diffusion-steps", "10"]
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", *words, "--device", "cpu", "--out", str(tmp_path / "o.pt")])
+    synthesize.main()
+    first, second = (torch.load(tmp_path / path, weights_only=True) for path in ("a/outliers.pt", "o.pt"))
+    assert all(first[name].equal(value) for name, value in second.items()) and first["mean"].shape == (32 * 28 * 28,)
+    tiny(tmp_path / "b", "--size", 224, "--epochs", 1, "--ce", tmp_path / "a/ce.pt", "--outliers", tmp_path / "o.pt")
+    with pytest.raises(SystemExit):
+        tiny(tmp_path / "a", "--resume", "--epochs", 1)
+    assert "other options (size)" in capsys.readouterr().err
 
 
 def test_outlier_maps():

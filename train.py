@@ -46,6 +46,7 @@ TIERS = {"resnet18": dict(ce_epochs=100, teacher_epochs=100, oal_epochs=100, oal
 # the losses of the paper's code, and its student's epochs and rate in place of the arch's.
 RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_latent=1.0),
            "released": dict(w_kd=4.0, w_feat=8.0, w_boundary=0.1, w_latent=0.2, oal_lr=0.005, oal_epochs=100)}
+VIT = dict(teacher_epochs=50, teacher_lr=1e-6, teacher_head_lr=1e-4)  # --teacher vit_b_16, fine-tuned as released
 WEIGHTS = ("w_kd", "w_feat", "w_boundary", "w_latent")
 PEERS = {"vos": {"ce": 1.0, "vos": 0.1}, "logitnorm": {"logitnorm": 1.0}}
 # What the optimiser does otherwise for what is trained beside the student: as released, and MICL's a and tau.
@@ -83,36 +84,37 @@ def stages(args, saved, ce, teacher, images, labels, sets, missing, given):
     # 1. The cross-entropy network: the baseline, the student's start. A file that is there is a resumed run's.
     if not (args.out / "ce.pt").exists():
         if not args.ce:
-            train("ce", ce, *ce_terms(ce, args), {"ce": 1.0}, images, labels, args, generator(args.seed, "ce"))
+            train("ce", ce, *ce_terms(ce, args), {"ce": 1.0}, images, labels, args, generator(args.seed, "ce"),
+                  args.val)
         save(ce.state_dict(), args, "ce.pt")
     load_weights(ce, args, "ce.pt")
 
-    # 2. The teacher: what a second cycle of the same recipe, on the same images, makes of that network.
+    # 2. The teacher: what a second cycle of the same recipe, on the same images, makes of that network; or a ViT.
     if not args.weights.keys() & {"kd", "feat"}:
         teacher = None
-    elif not args.teacher:
-        teacher = load_weights(models.build(args.arch, ce.fc.out_features), args, "ce.pt")
+    elif args.teacher in (None, "vit_b_16"):
+        teacher = teacher or load_weights(models.build(args.arch, ce.fc.out_features, args.size), args, "ce.pt")
         if not (args.out / "teacher.pt").exists():
             train("teacher", teacher, *ce_terms(teacher, args), {"ce": 1.0}, images, labels, args,
                   generator(args.seed, "teacher"))
             save(teacher.state_dict(), args, "teacher.pt")
         load_weights(teacher, args, "teacher.pt")
 
-    # 3. Outliers, from the cross-entropy network's features.
+    # 3. Outliers, from the cross-entropy network's features, or from those of a ViT.
     outliers, needed = None, args.weights.keys() & {"boundary", "latent"}
     if needed:
         if not (args.out / "outliers.pt").exists():
             begun = time.perf_counter()
             made = {} if needed <= given.keys() else synthesize.synthesize(
                 ce, images, labels, args.dataset, args.per_class, args.diffusion_steps,
-                generator(args.seed, "synthesize"), args.device)
+                generator(args.seed, "synthesize"), args.device, teacher if isinstance(teacher, models.ViT) else None)
             args.seconds["synthesize"] = time.perf_counter() - begun
             save_checkpoint({"stage": "synthesize"}, args)
             save({**made, **given}, args, "outliers.pt")
         outliers = torch.load(args.out / "outliers.pt", map_location=args.device, weights_only=True)
 
     # 4. The student, which starts as the cross-entropy network.
-    student = models.build(args.arch, ce.fc.out_features)
+    student = models.build(args.arch, ce.fc.out_features, args.size)
     if not (args.out / "student.pt").exists():
         load_weights(student, args, "ce.pt")
         heads, terms, g = make_student(student, teacher, outliers, images, labels, args)
@@ -155,8 +157,9 @@ def parse_args():
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
-    parser.add_argument("--teacher", metavar="FILE", help="distil from this network and train no teacher; one of the "
-                        "student's arch must have grown from --ce, since maps are matched unit by unit")
+    parser.add_argument("--teacher", metavar="{vit_b_16,FILE}", help="distil from this network and train no teacher; "
+                        "one of the student's arch must have grown from --ce, since maps are matched unit by unit; "
+                        "vit_b_16: distil from torchvision's ViT-B/16, fine-tuned here")
     parser.add_argument("--recipe", choices=RECIPES, default="oal", help="released: the losses of the paper's code")
     parser.add_argument("--peer", choices=PEERS, help="train the student by this method in place of OAL")
     parser.add_argument("--outliers", default="diffusion", metavar="{diffusion,noise,FILE}", help="noise: Gaussian "
@@ -178,12 +181,13 @@ def parse_args():
                       "them out")
     if args.recipe == "released" and args.outliers == "noise":
         evaluate.fail("--outliers noise is not for --recipe released, which never sends outliers through the network")
-    for name, value in {**TIERS[args.arch], **({} if args.peer else RECIPES[args.recipe])}.items():
+    brought = {**TIERS[args.arch], **(VIT if args.teacher == "vit_b_16" else {}),
+               **({} if args.peer else RECIPES[args.recipe])}
+    for name, value in brought.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.options = {name: value for name, value in vars(args).items()  # those that decide what a student becomes
-                    if name not in ("data_root", "ood", "out", "device", "resume", "benchmark", "epochs")
-                    and not (name == "size" and args.dataset in evaluate.NAMED)}
+                    if name not in ("data_root", "ood", "out", "device", "resume", "benchmark", "epochs")}
     args.weights = PEERS[args.peer] if args.peer else {  # {term: weight}; a weight of 0 leaves its term out
         "ce": 1.0, **{name.removeprefix("w_"): args.options[name] for name in WEIGHTS if args.options[name]}}
     args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
@@ -251,20 +255,22 @@ def load_inputs(args):
     if args.rank:
         wait(args)  # the first process downloads and decodes, the others read what it has left
     classes = evaluate.id_set(args)["classes"]
-    ce = evaluate.load_network(args.ce, classes, args.arch) if args.ce else build(args.arch, classes, args.seed)
-    teacher = evaluate.load_network(args.teacher, classes) if args.teacher else None
+    ce = (evaluate.load_network(args.ce, classes, args.arch, args.size) if args.ce else
+          build(args.arch, classes, args.seed, args.size))
+    teacher = (None if not args.teacher else evaluate.load_imagenet_vit(classes, args.data_root)
+               if args.teacher == "vit_b_16" else evaluate.load_network(args.teacher, classes, size=args.size))
     given = synthesize.given_outliers(args, ce)
-    images, labels = evaluate.load(args.dataset, "train", args.data_root)
+    images, labels = evaluate.load(args.dataset, "train", args.data_root, args.size)
     if labels.bincount(minlength=classes).min() < 2:
         evaluate.fail(f"the training set of {args.dataset} is too small: each class needs 2 images")
     args.digest = zlib.crc32(labels.numpy().data, zlib.crc32(images.contiguous().numpy().data))
-    args.val = evaluate.load(args.dataset, "val", args.data_root) if args.recipe == "released" else None
+    args.val = evaluate.load(args.dataset, "val", args.data_root, args.size) if args.recipe == "released" else None
     args.batch = min(args.batch, len(images))
     if args.world > (1 if args.benchmark else args.batch // 4):
         evaluate.fail(f"{args.world} processes are too many: --benchmark takes 1, this run {args.batch // 4} at most")
     for net in [net for net in (args.ce and ce, teacher) if net]:
         evaluate.outputs(net, images[:100], args.dataset, args.device)  # that they are finite
-    sets, missing = evaluate.load_benchmark(args.dataset, args.data_root, args.ood)
+    sets, missing = evaluate.load_benchmark(args.dataset, args.data_root, args.ood, args.size)
     if args.rank == 0:
         if missing:
             print(f"missing, and left out of the means: {', '.join(missing)}", flush=True)
@@ -278,11 +284,11 @@ def generator(seed, stage):
                                          + ("weights", "ce", "synthesize", "oal", "teacher", "heads").index(stage))
 
 
-def build(arch, num_classes, seed):
+def build(arch, num_classes, seed, size=evaluate.SIZE):
     """A network whose fresh weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "weights").initial_seed())
-        return models.build(arch, num_classes)
+        return models.build(arch, num_classes, size)
 
 
 def augment(images, pad, g):
@@ -329,7 +335,7 @@ def oal_terms(student, teacher, outliers, images, labels, args, g):
     if outliers:  # about 5,000 images of all classes, by which the lists are sorted
         some = images[::max(1, len(images) // 5000)]
         heads["critic"] = losses.MICL.start(*evaluate.outputs(student, some, args.dataset, args.device))
-    same_shape = teacher and teacher.conv1.weight.shape == student.conv1.weight.shape
+    same_shape = isinstance(teacher, models.ResNet) and teacher.conv1.weight.shape == student.conv1.weight.shape
     if teacher and not same_shape:
         heads["projection"] = models.projection(teacher.fc.in_features, student.fc.in_features)
 
@@ -337,12 +343,12 @@ def oal_terms(student, teacher, outliers, images, labels, args, g):
         n = len(x)
         with models.autocast(args.device):
             x = evaluate.normalize(x, args.dataset)
-            maps = student.lower(x)                                                       # [B, C, S/2, S/2]
+            maps = student.lower(x)                                                       # [B, C, S/R, S/R]
             if outliers:
                 # Latents join the batch half-way, so that they share its batch-norm statistics: in a pass of their own
                 # they teach the network to recognise the statistics. Under torchrun a process takes its share of them.
                 latents = synthesize.outlier_maps(maps, outliers, args.batch // 4, g, args.outliers)
-                latents = latents[args.rank::args.world].to(maps)                         # [M, C, S/2, S/2]
+                latents = latents[args.rank::args.world].to(maps)                         # [M, C, S/R, S/R]
                 maps = torch.cat([maps, latents]).contiguous(memory_format=torch.channels_last)
             features, later = student.upper(maps, return_maps=True)                       # [B + M, D], two stages' maps
             logits = student.classify(features)                                           # [B + M, K]
@@ -451,6 +457,10 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, 
     per_epoch = (len(images) - 2 * args.world) // args.batch + 1  # a rest too small for batch-norm is left out
     steps, step, order, best = epochs * per_epoch, 0, None, {"accuracy": -1.0}
     optimizer = torch.optim.SGD(groups, **{**CE, "lr": rate})
+    if isinstance(net, models.ViT):
+        body = [net.class_token, *net.conv_proj.parameters(), *net.encoder.parameters()]
+        optimizer = torch.optim.Adam([{"params": body, "lr": args.teacher_lr},
+                                      {"params": net.heads.parameters(), "lr": args.teacher_head_lr}])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
     state = dict(net=net, heads=heads, optimizer=optimizer, schedule=schedule)
     saved = load_checkpoint(args.out / "checkpoint.pt") if keep else {}
@@ -481,7 +491,7 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, 
         optimizer.zero_grad()
         loss.backward()
         if args.world > 1:  # every process holds a slice of the batch, and all step by the mean of their gradients
-            for p in (p for group in groups for p in group["params"] if p.grad is not None):
+            for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
                 dist.all_reduce(p.grad)
                 p.grad /= args.world
         optimizer.step()
@@ -573,8 +583,8 @@ def benchmark(args, net, teacher, images, labels):
     """
     n, args.ce_epochs, args.oal_epochs = min(10, len(images) // args.batch) * args.batch, 1, 1
     images, labels = images[:n], labels[:n]
-    net, teacher = (one.to(args.device, memory_format=torch.channels_last).eval()
-                    for one in (net, teacher or build(args.arch, net.fc.out_features, args.seed)))
+    net, teacher = (one.to(args.device, memory_format=torch.channels_last).eval() for one in
+                    (net, teacher or build(args.arch, net.fc.out_features, args.seed, args.size)))
     codec = synthesize.fit_codec(next(evaluate.stage2(net, images, args.dataset, args.device))[0])
     outliers = {"boundary": torch.randn(200, net.fc.in_features, device=args.device),
                 "latent": torch.randn(200, len(codec["basis"]), device=args.device), **codec}
