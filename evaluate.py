@@ -631,8 +631,8 @@ def tables(runs):
     commands = [re.sub(of_a_run, "", results["command"]).replace("=", " ").split() for results in runs]
     base = os.path.commonprefix([words for words in commands if words[0] == "train.py"])
     base = base[:-1] if base and base[-1].startswith("--") else base  # its value is not common
-    length = lambda results: not results["options"]["ce"] and results["options"].get("ce_epochs")  # False: given
-    lengths = {length(results) for results in runs if "seed" in results} - {False}
+    start = lambda o: not o["ce"] and (o.get("ce_epochs"), o.get("recipe") == "released")  # False: a file's
+    starts = {start(results["options"]) for results in runs if "seed" in results} - {False}
     rows = {}  # what makes a row -> (its name, {seed, or number of the run: entry of results.json's models})
     for i, (results, words) in enumerate(zip(runs, commands)):
         for name, entry in results["models"].items():
@@ -642,7 +642,8 @@ def tables(runs):
             if "seed" not in results:  # of evaluate.py: runs whose commands differ in numbers alone
                 key, label = (name, re.sub(r"\d+", "", results["command"])), name
             elif name == "ce":
-                key = (name, results["dataset"], results["arch"], options["size"], len(lengths) > 1 and length(results))
+                kind = len(starts) > 1 and start(results["options"])
+                key = (name, results["dataset"], results["arch"], options["size"], kind)
                 label = f"start: cross-entropy, {results['arch']}"
             held = rows.setdefault(key, (label, {}))[1].setdefault(results.get("seed", f"run {i}"), entry)
             if held["id_acc"] != entry["id_acc"] or name != "ce" and held != entry:  # a start is measured once a row

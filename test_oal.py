@@ -1579,6 +1579,8 @@ def test_the_released_recipe_is_that_of_released_md(tiny, tmp_path, monkeypatch,
         tiny(tmp_path / "a", "--recipe", "released", "--epochs", 1, *files)
         tiny(tmp_path / "ours", "--epochs", 1)
     assert chosen == ["ce", "oal"]
+    rows = evaluate.collect([tmp_path / run / "results.json" for run in ("a", "ours")])     # starts of two kinds
+    assert [row.split(" | ")[1] for row in rows if row.startswith("| start")][:2] == ["1", "1"]
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     outliers = torch.load(tmp_path / "a" / "outliers.pt", weights_only=True)
     assert outliers["boundary"].equal(torch.from_numpy(np.load(tmp_path / "b.npy")).reshape(48, 768))
