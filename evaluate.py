@@ -636,8 +636,7 @@ def tables(runs):
     rows = {}  # what makes a row -> (its name, {seed, or number of the run: entry of results.json's models})
     for i, (results, words) in enumerate(zip(runs, commands)):
         for name, entry in results["models"].items():
-            options = {"size": SIZE, **results.get("options", {})}
-            options |= {"seed": 0, "ce": 0, "teacher": options.get("teacher") == "vit_b_16"}
+            options = {"size": SIZE, **results.get("options", {}), "seed": 0, "ce": 0, "teacher": 0}
             key, label = (name, str(options)), f"`{' '.join(words[len(base):])}`" if words[len(base):] else "student"
             if "seed" not in results:  # of evaluate.py: runs whose commands differ in numbers alone
                 key, label = (name, re.sub(r"\d+", "", results["command"])), name

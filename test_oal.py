@@ -829,9 +829,11 @@ def test_features_as_wide_as_a_word_are_not_mapped(tiny, tmp_path, monkeypatch):
     net, (images, labels) = train.build("resnet_tiny", 8, 0), evaluate.load("shapes", "train")
     args = argparse.Namespace(dataset="shapes", device="cpu", per_class=3, sd_latents=1, out="none", show=None)
     monkeypatch.setattr(synthesize, "sd_latents", lambda *given: torch.zeros(1, 4, 8, 8))
-    found = synthesize.synthesize_sd(pipe, net, images, labels, args, rng())
-    expected = synthesize.boundary_outliers(evaluate.outputs(net, images, "shapes", "cpu")[1], labels, 3, rng())[0]
-    assert torch.allclose(found["boundary"], expected, atol=1e-5)
+    for source, teacher in ((net, None), (train.build("resnet_tiny", 8, 1),) * 2):
+        found = synthesize.synthesize_sd(pipe, net, images, labels, args, rng(), teacher)
+        features = evaluate.outputs(source, images, "shapes", "cpu")[1]
+        expected, _ = synthesize.boundary_outliers(features, labels, 3, rng())
+        assert torch.allclose(found["boundary"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("absent, model, says", [(["diffusers"], "any", "pip install diffusers transformers"),

@@ -491,7 +491,7 @@ def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, 
         optimizer.zero_grad()
         loss.backward()
         if args.world > 1:  # every process holds a slice of the batch, and all step by the mean of their gradients
-            for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            for p in (p for group in groups for p in group["params"] if p.grad is not None):
                 dist.all_reduce(p.grad)
                 p.grad /= args.world
         optimizer.step()
