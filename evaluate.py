@@ -216,15 +216,20 @@ def load(dataset, split, data_root=None, size=SIZE):
     return loaded
 
 
-def files_below(folder, above=()):
+def files_below(folder):
     """The files below a folder, links followed, but for a link to a folder that it lies in; and folders not listed."""
-    here = os.path.realpath(folder)
-    try:
-        names = os.listdir(folder) if here not in above else []
-    except OSError:
-        return [folder]  # decode says that it cannot be read
-    return sum((files_below(folder / name, (*above, here)) if os.path.isdir(folder / name) else [folder / name]
-                for name in names), [])
+    files, folders = [], [(folder, ())]
+    while folders:
+        folder, above = folders.pop()
+        here = os.path.realpath(folder)
+        try:
+            paths = [folder / name for name in os.listdir(folder)] if here not in above else []
+        except OSError:
+            files.append(folder)  # decode says that it cannot be read
+            continue
+        folders += [(path, (*above, here)) for path in paths if os.path.isdir(path)]
+        files += [path for path in paths if not os.path.isdir(path)]
+    return files
 
 
 def read_folder(folder, size=SIZE):
