@@ -398,12 +398,12 @@ def check_outputs(net, values):
         fail(f"{getattr(net, 'source', 'the network')} gives outputs that are not finite: train it at a lower rate")
 
 
-# Other names of weights: of wrappers, of pytorch-cifar, of timm's ViT.
+# Other names of weights: of wrappers, of pytorch-cifar, of timm's ViT and of torchvision's first.
 RENAMED = {r"^((module|model|_orig_mod)\.)+": "", r"^linear\.": "fc.",
            "^cls_token": "class_token", "^pos_embed": "encoder.pos_embedding", r"^patch_embed\.proj": "conv_proj",
            r"^blocks\.(\d+)\.": r"encoder.layers.encoder_layer_\1.", r"\.norm([12])\.": r".ln_\1.",
            r"\.attn\.qkv\.": ".self_attention.in_proj_", r"\.attn\.proj\.": ".self_attention.out_proj.",
-           r"\.mlp\.fc1\.": ".mlp.0.", r"\.mlp\.fc2\.": ".mlp.3.",
+           r"\.mlp\.(fc|linear_)1\.": ".mlp.0.", r"\.mlp\.(fc|linear_)2\.": ".mlp.3.",
            r"^norm\.": "encoder.ln.", r"^head\.": "heads.head."}
 
 
@@ -440,18 +440,18 @@ def load_network(path, num_classes, arch=None, size=SIZE):
         fail(f"{path} holds weights that are not finite numbers: train it again with a lower rate")
     shape = getattr(state.get("conv1.weight"), "shape", ())
     found = next((name for name, (_, width) in models.ARCHS.items() if shape[:1] == (width,)),
-                 "vit_b_16" if "conv_proj.weight" in state else None)
+                 "ViT" if "conv_proj.weight" in state else None)
     if found is None or (arch and arch != found):
         fail(f"{path} is a checkpoint of {found or 'an unknown arch'}: expected {arch or ' or '.join(models.ARCHS)}")
-    if found != "vit_b_16" and (shape[2:] == (7, 7)) != (size >= 224):
+    if found != "ViT" and (shape[2:] == (7, 7)) != (size >= 224):
         fail(f"{path} is not a network for images {size} wide: {'leave out' if size >= 224 else 'add'} --size 224")
-    net = models.build(found, num_classes, size)
-    bias = state.get("heads.head.bias" if found == "vit_b_16" else "fc.bias")
+    bias = state.get("heads.head.bias" if found == "ViT" else "fc.bias")
     if bias is not None and bias.numel() != num_classes:
         fail(f"{path} was trained for {bias.numel()} classes: the dataset has {num_classes}")
     try:
+        net = models.ViT(state, num_classes) if found == "ViT" else models.build(found, num_classes, size)
         net.load_state_dict(state)
-    except RuntimeError as problem:
+    except Exception as problem:  # a ViT's shape is read from its state
         fail(f"{path} does not fit {found}: {' '.join(str(problem).split())[:200]}")
     net.source = path
     return net.eval()
@@ -462,16 +462,18 @@ def load_imagenet_vit(num_classes, folder):
 
     The head is new, of zeros, for num_classes.
     """
-    net, url = models.build("vit_b_16", num_classes), torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.url
-    net.source = Path(folder) / os.path.basename(url)
+    url = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.url
+    path = Path(folder) / os.path.basename(url)
     try:
-        if not net.source.exists():
-            net.source.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(net.source), re.search(r"-(\w+)\.pth", url)[1])
-        state = torch.load(net.source, map_location="cpu", weights_only=True)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), re.search(r"-(\w+)\.pth", url)[1])
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        net = models.ViT(state, num_classes)
         net.load_state_dict({**state, **net.heads.state_dict(prefix="heads.")})
     except Exception as problem:  # no network, a file cut short, another network's
-        fail(f"no weights {net.source} ({' '.join(str(problem).split())[:200]}): put the file of {url} there")
+        fail(f"no weights {path} ({' '.join(str(problem).split())[:200]}): put the file of {url} there")
+    net.source = path
     return net
 
 

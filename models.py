@@ -8,6 +8,8 @@ For images of 224 each has the stem, the blocks and the names of torchvision's R
 A classifier is two halves: `lower` ends with the feature map of stage 2, `upper` goes from there to the features.
 OAL's synthesised latents are such maps: they enter between the halves and never exist as images.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,8 +17,6 @@ from torchvision.models import VisionTransformer, resnet
 
 # Residual blocks per stage, width of the first stage.
 ARCHS = {"resnet18": (2, 64), "resnet_small": (1, 32), "resnet_tiny": (1, 16)}
-# ViT-B/16 (Dosovitskiy et al., arXiv 2010.11929), the teacher of the released code.
-VIT = dict(image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072)
 
 
 class BasicBlock(nn.Module):
@@ -90,13 +90,18 @@ class ResNet(nn.Module):
 
 
 class ViT(VisionTransformer):
-    """torchvision's VisionTransformer as a classifier like the ResNet above; features [B, 768] are its class token.
+    """torchvision's VisionTransformer as a classifier like the ResNet above; features [B, D] are its class token.
 
-    Takes images of any size, which it enlarges itself, on their device.
+    Dosovitskiy et al., arXiv 2010.11929; of the shape of a state_dict, with 64 numbers per head: ViT-B/16, the teacher
+    of the released code, has 12 layers and D = 768. Images of any size are enlarged here, on their device.
     """
 
-    def __init__(self, num_classes):
-        super().__init__(**VIT, num_classes=num_classes)
+    def __init__(self, state, num_classes):
+        width, _, patch, _ = state["conv_proj.weight"].shape
+        side = patch * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
+        layers = sum(name.endswith(".ln_1.weight") for name in state)
+        mlp = len(state["encoder.layers.encoder_layer_0.mlp.0.weight"])
+        super().__init__(side, patch, layers, max(1, width // 64), width, mlp, num_classes=num_classes)
 
     fc = property(lambda self: self.heads.head)
     forward, classify = ResNet.forward, ResNet.classify
@@ -113,14 +118,9 @@ class ViT(VisionTransformer):
 
 
 def build(name, num_classes, size=32):
-    """The classifier `name`, a key of ARCHS or vit_b_16, with fresh weights, for images `size` wide.
-
-    ValueError for any other name.
-    """
-    if name == "vit_b_16":
-        return ViT(num_classes)
+    """The ResNet `name`, a key of ARCHS, with fresh weights, for images `size` wide; ValueError for any other name."""
     if name not in ARCHS:
-        raise ValueError(f"unknown arch '{name}': choose one of {', '.join(ARCHS)}, vit_b_16")
+        raise ValueError(f"unknown arch '{name}': choose one of {', '.join(ARCHS)}")
     return ResNet(*ARCHS[name], num_classes, size)
 
 

@@ -364,23 +364,23 @@ def test_at_224_a_resnet_is_torchvisions():
     assert models.build("resnet_tiny", 10, 128).lower(x[..., :128, :128]).shape == (2, 32, 64, 64)
 
 
-def test_the_vit_is_vit_b_16():
+def test_a_vit_is_of_the_shape_of_its_weights():
     with torch.device("meta"):
-        net = models.build("vit_b_16", 100)
+        theirs = torchvision.models.vit_b_16()
+        net = models.ViT(theirs.state_dict(), 100)
     assert sum(p.numel() for p in net.parameters()) == 85_798_656 + 100 * 768 + 100    # as timm counts its features
+    assert str(net.encoder) == str(theirs.encoder) and net.image_size == 224
+    heads = [layer.self_attention.num_heads for layer in net.encoder.layers]
+    assert heads == [layer.self_attention.num_heads for layer in theirs.encoder.layers]
 
 
-@pytest.fixture
-def small_vit(monkeypatch):
-    """A VisionTransformer of two layers and four patches in place of ViT-B/16."""
-    vit = dict(image_size=64, patch_size=32, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=24)
-    monkeypatch.setattr(models, "VIT", vit)
-    return vit
+# A VisionTransformer of two layers and four patches, in place of ViT-B/16.
+SMALL_VIT = dict(image_size=64, patch_size=32, num_layers=2, num_heads=2, hidden_dim=128, mlp_dim=24)
 
 
-def test_a_vit_with_torchvisions_and_with_timms_names(small_vit, tmp_path):
+def test_a_vit_with_torchvisions_and_with_timms_names(tmp_path):
     """torchvision's own logits on enlarged images; and those of timm's network, written out in its names."""
-    theirs = torchvision.models.VisionTransformer(**small_vit, num_classes=5).eval()
+    theirs = torchvision.models.VisionTransformer(**SMALL_VIT, num_classes=5).eval()
     torch.nn.init.normal_(theirs.heads.head.weight, generator=rng())
     torch.save(theirs.state_dict(), tmp_path / "net.pt")
     net = evaluate.load_network(tmp_path / "net.pt", 5)
@@ -388,40 +388,42 @@ def test_a_vit_with_torchvisions_and_with_timms_names(small_vit, tmp_path):
     large = F.interpolate(x, (64, 64), mode="bilinear", align_corners=False)
     logits, features = net(x, return_feature=True)
     assert torch.allclose(logits, theirs(large), atol=1e-5) and torch.allclose(net(large), logits, atol=1e-5)
-    assert features.shape == (3, 12) and torch.allclose(features @ net.fc.weight.T + net.fc.bias, logits, atol=1e-5)
+    assert features.shape == (3, 128) and torch.allclose(features @ net.fc.weight.T + net.fc.bias, logits, atol=1e-5)
 
-    shapes = {"cls_token": (1, 1, 12), "pos_embed": (1, 5, 12), "patch_embed.proj.weight": (12, 3, 32, 32),
-              "patch_embed.proj.bias": (12,), "norm.weight": (12,), "norm.bias": (12,), "head.weight": (5, 12),
+    shapes = {"cls_token": (1, 1, 128), "pos_embed": (1, 5, 128), "patch_embed.proj.weight": (128, 3, 32, 32),
+              "patch_embed.proj.bias": (128,), "norm.weight": (128,), "norm.bias": (128,), "head.weight": (5, 128),
               "head.bias": (5,)}
     for i in range(2):
-        for name, out, width in (("attn.qkv", 36, 12), ("attn.proj", 12, 12), ("mlp.fc1", 24, 12), ("mlp.fc2", 12, 24)):
+        for name, out, width in (("attn.qkv", 384, 128), ("attn.proj", 128, 128), ("mlp.fc1", 24, 128),
+                                 ("mlp.fc2", 128, 24)):
             shapes |= {f"blocks.{i}.{name}.weight": (out, width), f"blocks.{i}.{name}.bias": (out,)}
-        shapes |= {f"blocks.{i}.norm{k}.{part}": (12,) for k in (1, 2) for part in ("weight", "bias")}
+        shapes |= {f"blocks.{i}.norm{k}.{part}": (128,) for k in (1, 2) for part in ("weight", "bias")}
     g = rng(2)
-    timm = {name: 0.3 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    timm = {name: 0.1 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
     linear = lambda name, h: h @ timm[f"{name}.weight"].T + timm[f"{name}.bias"]
-    norm = lambda name, h: F.layer_norm(h, (12,), timm[f"{name}.weight"], timm[f"{name}.bias"], 1e-6)
+    norm = lambda name, h: F.layer_norm(h, (128,), timm[f"{name}.weight"], timm[f"{name}.bias"], 1e-6)
     patches = [large[:, :, 32 * r:32 * r + 32, 32 * c:32 * c + 32].flatten(1) for r in (0, 1) for c in (0, 1)]
     proj = timm["patch_embed.proj.weight"].flatten(1)
-    h = torch.stack([patch @ proj.T + timm["patch_embed.proj.bias"] for patch in patches], 1)       # [3, 4, 12]
-    h = torch.cat([timm["cls_token"].expand(3, 1, 12), h], 1) + timm["pos_embed"]
+    h = torch.stack([patch @ proj.T + timm["patch_embed.proj.bias"] for patch in patches], 1)       # [3, 4, 128]
+    h = torch.cat([timm["cls_token"].expand(3, 1, 128), h], 1) + timm["pos_embed"]
     for i in range(2):
-        qkv = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", h)).reshape(3, 5, 3, 2, 6).permute(2, 0, 3, 1, 4)
-        mixed = (qkv[0] @ qkv[1].mT / 6 ** 0.5).softmax(-1) @ qkv[2]                                # [3, 2, 5, 6]
-        h = h + linear(f"blocks.{i}.attn.proj", mixed.transpose(1, 2).reshape(3, 5, 12))
+        qkv = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", h))
+        q, k, v = qkv.reshape(3, 5, 3, 2, 64).permute(2, 0, 3, 1, 4)                                # [3, 2, 5, 64] each
+        mixed = (q @ k.mT / 64 ** 0.5).softmax(-1) @ v
+        h = h + linear(f"blocks.{i}.attn.proj", mixed.transpose(1, 2).reshape(3, 5, 128))
         h = h + linear(f"blocks.{i}.mlp.fc2", F.gelu(linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", h))))
     torch.save(timm, tmp_path / "timm.pt")
     net = evaluate.load_network(tmp_path / "timm.pt", 5)
     assert torch.allclose(net(x), linear("head", norm("norm", h)[:, 0]), atol=1e-5)
 
 
-def test_imagenet_weights_of_the_vit(small_vit, tmp_path, monkeypatch, capsys):
+def test_imagenet_weights_of_the_vit(tmp_path, monkeypatch, capsys):
     """From the data root, with a head of zeros; without them, or with others, one line that says where to put them."""
-    state = torchvision.models.VisionTransformer(**small_vit, num_classes=1000).state_dict()
+    state = torchvision.models.VisionTransformer(**SMALL_VIT, num_classes=1000).state_dict()
     path = tmp_path / "vit_b_16-c867db91.pth"
     torch.save(state, path)
     net = evaluate.load_imagenet_vit(7, tmp_path)
-    assert net.fc.weight.shape == (7, 12) and not net.fc.weight.any() and not net.fc.bias.any()
+    assert net.fc.weight.shape == (7, 128) and not net.fc.weight.any() and not net.fc.bias.any()
     assert all(value.equal(state[name]) for name, value in net.state_dict().items() if "heads" not in name)
     def refused(url, *words, **more):
         raise OSError("no route to host")
@@ -1368,7 +1370,7 @@ def test_checkpoints_of_others(form, tmp_path):
     (None, lambda s: {**s, "conv1.weight": torch.tensor(1.0)}, "unknown arch"),
     (None, lambda s: {"fc.weight": s["fc.weight"]}, "unknown arch"),
     (None, lambda s: models.build("resnet_tiny", 10, 224).state_dict(), "add --size 224"),
-    (None, lambda s: {"conv_proj.weight": torch.ones(1)}, "does not fit vit_b_16"),
+    (None, lambda s: {"conv_proj.weight": torch.ones(1)}, "does not fit ViT"),
     (None, lambda s: {"cls_token": torch.ones(1), "patch_embed.proj.weight": torch.ones(1), "head.bias": torch.ones(9)},
      "9 classes"),
     (None, lambda s: b"text", "not a file of weights"), (None, lambda s: b"", "not a file of weights"),
@@ -1707,7 +1709,7 @@ def test_a_step_of_the_student(monkeypatch):
         assert abs(terms(x, y)["feat"].item() - 0.25) < 2e-3
 
 
-def test_the_cuda_path_without_a_gpu(small_vit, monkeypatch):
+def test_the_cuda_path_without_a_gpu(monkeypatch):
     """Under fake tensors every tensor of a step, of the latents and of evaluation lives on 'cuda', and none is mixed
     with one of the CPU: a mixed operation raises. Forward passes alone: the backward pass needs a real device."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -1727,8 +1729,8 @@ def test_the_cuda_path_without_a_gpu(small_vit, monkeypatch):
     args = argparse.Namespace(dataset="shapes", device="cuda", outliers="diffusion", rank=0, world=1, batch=8, crop=1,
                               weights={"boundary": 0.1, "latent": 0.2}, per_class=1, seed=0)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        net, teacher, wide, vit = (models.build(one, 8).to("cuda")
-                                   for one in ("resnet_tiny", "resnet_tiny", "resnet_small", "vit_b_16"))
+        net, teacher, wide = (models.build(one, 8).to("cuda") for one in ("resnet_tiny", "resnet_tiny", "resnet_small"))
+        vit = models.ViT(torchvision.models.VisionTransformer(**SMALL_VIT).state_dict(), 8).to("cuda")
         images = torch.zeros(16, 3, 32, 32, dtype=torch.uint8, device="cuda")
         x, y = train.augment(images[:8], 1, rng()), torch.zeros(8, dtype=torch.int64, device="cuda")
         codec = {"mean": torch.zeros(8192, device="cuda"), "basis": torch.zeros(5, 8192, device="cuda"),
@@ -1766,10 +1768,10 @@ def test_resnet18_takes_three_steps_of_each_stage(monkeypatch, tmp_path):
     assert len(steps) == 9 and json.loads((tmp_path / "a" / "results.json").read_text())["arch"] == "resnet18"
 
 
-def test_a_vit_teaches(tiny, small_vit, tmp_path, monkeypatch, capsys):
+def test_a_vit_teaches(tiny, tmp_path, monkeypatch, capsys):
     """Fine-tuned by Adam, head and body at their rates; the boundary is that of its features, in train.py and in
     synthesize.py; both recipes distil from it; the table tells it from the teacher of the default."""
-    state = torchvision.models.VisionTransformer(**small_vit, num_classes=1000).state_dict()
+    state = torchvision.models.VisionTransformer(**SMALL_VIT, num_classes=1000).state_dict()
     torch.save(state, tmp_path / "vit_b_16-c867db91.pth")
     a, vit = tmp_path / "a", ("--data-root", tmp_path, "--teacher")
     tiny(a, "--epochs", 1, *vit, "vit_b_16")
@@ -1783,7 +1785,7 @@ def test_a_vit_teaches(tiny, small_vit, tmp_path, monkeypatch, capsys):
     features = F.normalize(evaluate.outputs(teacher, images, "shapes", "cpu")[1], dim=1)
     expected, _ = synthesize.boundary_outliers(features, labels, 4, train.generator(0, "synthesize"))
     outliers = torch.load(a / "outliers.pt", weights_only=True)
-    assert torch.allclose(outliers["boundary"], expected, atol=1e-5) and expected.shape == (32, 12)
+    assert torch.allclose(outliers["boundary"], expected, atol=1e-5) and expected.shape == (32, 128)
     words = f"{a}/ce.pt --teacher {a}/teacher.pt --out {tmp_path}/o.pt --per-class 4 --diffusion-steps 10 --device cpu"
     monkeypatch.setattr(sys, "argv", ["synthesize.py", *words.split(), "--show", f"{tmp_path}/o.png"])
     synthesize.main()
@@ -1801,7 +1803,7 @@ def test_a_vit_teaches(tiny, small_vit, tmp_path, monkeypatch, capsys):
     load = lambda run: torch.load(tmp_path / run / "student.pt", weights_only=True)["conv1.weight"]
     assert load("file").equal(load("a"))
     assert not any(load("a").equal(load(run)) for run in ("none", "released", "own"))
-    assert torch.load(tmp_path / "released" / "outliers.pt", weights_only=True)["boundary"].shape == (32, 12)
+    assert torch.load(tmp_path / "released" / "outliers.pt", weights_only=True)["boundary"].shape == (32, 128)
     rows = evaluate.collect([tmp_path / run / "results.json" for run in ("own", "a")])
     assert [row.split(" | ")[0] for row in rows if row.startswith("| ")][1:4] == [
         "| start: cross-entropy, resnet_tiny", "| student", "| `--teacher vit_b_16`"]
