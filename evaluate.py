@@ -398,13 +398,20 @@ def check_outputs(net, values):
         fail(f"{getattr(net, 'source', 'the network')} gives outputs that are not finite: train it at a lower rate")
 
 
-# Other names of weights: of wrappers, of pytorch-cifar, of timm's ViT and of torchvision's first.
+# Other names of weights: of wrappers, of pytorch-cifar, of timm's ViT, of the file of torchvision's.
 RENAMED = {r"^((module|model|_orig_mod)\.)+": "", r"^linear\.": "fc.",
            "^cls_token": "class_token", "^pos_embed": "encoder.pos_embedding", r"^patch_embed\.proj": "conv_proj",
            r"^blocks\.(\d+)\.": r"encoder.layers.encoder_layer_\1.", r"\.norm([12])\.": r".ln_\1.",
            r"\.attn\.qkv\.": ".self_attention.in_proj_", r"\.attn\.proj\.": ".self_attention.out_proj.",
            r"\.mlp\.(fc|linear_)1\.": ".mlp.0.", r"\.mlp\.(fc|linear_)2\.": ".mlp.3.",
            r"^norm\.": "encoder.ln.", r"^head\.": "heads.head."}
+
+
+def renamed(state):
+    """A state_dict with the names that our networks have."""
+    for other, ours in RENAMED.items():
+        state = {re.sub(other, ours, str(name)): value for name, value in state.items()}
+    return state
 
 
 def load_network(path, num_classes, arch=None, size=SIZE):
@@ -430,11 +437,7 @@ def load_network(path, num_classes, arch=None, size=SIZE):
     inside = {key: part for key, part in parts.items() if is_state(part)}
     if len(inside) != 1:
         fail(f"{path} holds {', '.join(map(str, inside)) or 'no state_dict'}: give a file of one dict of tensors")
-    state = {}
-    for name, value in next(iter(inside.values())).items():
-        for other, ours in RENAMED.items():
-            name = re.sub(other, ours, str(name))
-        state[name] = value.to_dense()
+    state = {name: value.to_dense() for part in inside.values() for name, value in renamed(part).items()}
     if any(value.is_meta or value.is_complex() or value.is_floating_point() and not value.isfinite().all()
            for value in state.values()):
         fail(f"{path} holds weights that are not finite numbers: train it again with a lower rate")
@@ -442,10 +445,11 @@ def load_network(path, num_classes, arch=None, size=SIZE):
     found = next((name for name, (_, width) in models.ARCHS.items() if shape[:1] == (width,)),
                  "ViT" if "conv_proj.weight" in state else None)
     if found is None or (arch and arch != found):
-        fail(f"{path} is a checkpoint of {found or 'an unknown arch'}: expected {arch or ' or '.join(models.ARCHS)}")
+        fail(f"{path} is a checkpoint of {found or 'an unknown arch'}: expected "
+             f"{arch or ' or '.join([*models.ARCHS, 'a ViT'])}")
     if found != "ViT" and (shape[2:] == (7, 7)) != (size >= 224):
         fail(f"{path} is not a network for images {size} wide: {'leave out' if size >= 224 else 'add'} --size 224")
-    bias = state.get("heads.head.bias" if found == "ViT" else "fc.bias")
+    bias = state.get("fc.bias", state.get("heads.head.bias"))
     if bias is not None and bias.numel() != num_classes:
         fail(f"{path} was trained for {bias.numel()} classes: the dataset has {num_classes}")
     try:
@@ -468,7 +472,7 @@ def load_imagenet_vit(num_classes, folder):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), re.search(r"-(\w+)\.pth", url)[1])
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = renamed(torch.load(path, map_location="cpu", weights_only=True))
         net = models.ViT(state, num_classes)
         net.load_state_dict({**state, **net.heads.state_dict(prefix="heads.")})
     except Exception as problem:  # no network, a file cut short, another network's
@@ -634,23 +638,26 @@ def tables(runs):
     A row is the student of one set of options, whatever the seed and the shared networks, under the words that not all
     commands begin with. The starts, one a seed, are a row of their own, as is a network measured by evaluate.py.
     """
-    of_a_run = r" --(resume|(seed|out|data-root|device|ce|teacher)[ =](?!vit_b_16)('[^']*'|\S+))(?= |$)"
+    of_a_run = r" --(resume|(seed|out|data-root|device|ce|teacher)[ =]('[^']*'|\S+))(?= |$)"
     commands = [re.sub(of_a_run, "", results["command"]).replace("=", " ").split() for results in runs]
     base = os.path.commonprefix([words for words in commands if words[0] == "train.py"])
     base = base[:-1] if base and base[-1].startswith("--") else base  # its value is not common
-    start = lambda o: not o["ce"] and (o.get("ce_epochs"), o.get("recipe") == "released")  # False: a file's
-    starts = {start(results["options"]) for results in runs if "seed" in results} - {False}
+    best = lambda options: ", the best" * (options.get("recipe") == "released")
+    start = lambda options: "" if options["ce"] else f", {options.get('ce_epochs')} epochs{best(options)}"
+    starts = {start(results["options"]) for results in runs if "seed" in results} - {""}  # "": a file's
     rows = {}  # what makes a row -> (its name, {seed, or number of the run: entry of results.json's models})
     for i, (results, words) in enumerate(zip(runs, commands)):
         for name, entry in results["models"].items():
-            options = {"size": SIZE, **results.get("options", {}), "seed": 0, "ce": 0, "teacher": 0}
+            size, taught = results.get("size", SIZE), results.get("teacher") or ""
+            options = {**results.get("options", {}), "size": size, "seed": 0, "ce": 0, "teacher": taught}
             key, label = (name, str(options)), f"`{' '.join(words[len(base):])}`" if words[len(base):] else "student"
+            label += ", ViT teacher" * taught.startswith("ViT")
             if "seed" not in results:  # of evaluate.py: runs whose commands differ in numbers alone
-                key, label = (name, re.sub(r"\d+", "", results["command"])), name
+                key, label = (name, size, re.sub(r"\d+", "", results["command"])), name
             elif name == "ce":
-                kind = len(starts) > 1 and start(results["options"])
-                key = (name, results["dataset"], results["arch"], options["size"], kind)
-                label = f"start: cross-entropy, {results['arch']}"
+                kind = start(results["options"]) if len(starts) > 1 else ""
+                key = (name, results["dataset"], results["arch"], size, kind)
+                label = f"start: cross-entropy, {results['arch']}{f', {size} px' * (size != SIZE)}{kind}"
             held = rows.setdefault(key, (label, {}))[1].setdefault(results.get("seed", f"run {i}"), entry)
             if held["id_acc"] != entry["id_acc"] or name != "ce" and held != entry:  # a start is measured once a row
                 fail(f"two runs with different figures are seed {results.get('seed')} of {label}: leave one out")
@@ -719,9 +726,9 @@ def plot(path, columns, tpr):
 
 
 def describe(program, args):
-    """What results.json says of every run: the ID set, the names of its classes, the command, the device, versions."""
+    """What results.json says of every run: the ID set, the size of its images, its classes' names, command, device."""
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
-    return {"dataset": args.dataset, "classes": ID_SETS[args.dataset]["names"],
+    return {"dataset": args.dataset, "size": args.size, "classes": ID_SETS[args.dataset]["names"],
             "command": shlex.join([program, *sys.argv[1:]]), "device": args.device, "versions": versions}
 
 
@@ -761,6 +768,8 @@ def check_common(args):
         (torch.zeros(1, device=args.device) + 1).item()  # a value has to come back: none does from 'meta'
     except (RuntimeError, AssertionError, ImportError) as problem:  # a torch built without CUDA: an AssertionError
         fail(f"no device {args.device}: {str(problem).splitlines()[0]}")
+    if args.dataset in NAMED and args.size not in (SIZE, 224):
+        fail(f"--size {args.size}: the images of {args.dataset} are {SIZE} wide, or 224: leave it out")
     if args.dataset not in NAMED and not Path(args.dataset).is_dir():
         fail(f"no dataset {args.dataset}: choose one of {', '.join(NAMED)}, or a folder that holds train/CLASS/...")
     if args.data_root is not None and not Path(args.data_root).is_dir():

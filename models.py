@@ -3,7 +3,7 @@
 `resnet18` is the network of the OpenOOD v1.5 CIFAR board; its parameter names and shapes are those of OpenOOD's
 `ResNet18_32x32`, so checkpoints travel both ways. `resnet_small` has the same names, one block per stage and half the
 width (1.2 M parameters), and trains on a laptop; `resnet_tiny`, a quarter as wide (0.3 M), is for the embedded images.
-For images of 224 each has the stem, the blocks and the names of torchvision's ResNet.
+For images of 224 each has the stem and the names of torchvision's ResNet.
 
 A classifier is two halves: `lower` ends with the feature map of stage 2, `upper` goes from there to the features.
 OAL's synthesised latents are such maps: they enter between the halves and never exist as images.
@@ -13,36 +13,29 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.models import VisionTransformer, resnet
+from torchvision.models import VisionTransformer
 
 # Residual blocks per stage, width of the first stage.
 ARCHS = {"resnet18": (2, 64), "resnet_small": (1, 32), "resnet_tiny": (1, 16)}
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016, arXiv 1512.03385, figure 3)."""
+    """Two 3x3 convolutions and a shortcut of this name (He et al. 2016, arXiv 1512.03385, figure 3)."""
 
-    def __init__(self, in_width, width, stride):
+    def __init__(self, in_width, width, stride, shortcut):
         super().__init__()
         self.conv1 = nn.Conv2d(in_width, width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = nn.Sequential()
+        self.shortcut_name, layers = shortcut, []
         if stride != 1 or in_width != width:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            layers = [nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width)]
+        self.add_module(shortcut, nn.Sequential(*layers))
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
-
-
-def torchvision_block(in_width, width, stride):
-    """BasicBlock with torchvision's names."""
-    shortcut = None
-    if stride != 1 or in_width != width:
-        shortcut = nn.Sequential(nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-    return resnet.BasicBlock(in_width, width, stride, shortcut)
+        return F.relu(self.bn2(self.conv2(out)) + self.get_submodule(self.shortcut_name)(x))
 
 
 class ResNet(nn.Module):
@@ -59,10 +52,10 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False) if large else nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
-        block, widths = torchvision_block if large else BasicBlock, [width, width, 2 * width, 4 * width, 8 * width]
+        shortcut, widths = "downsample" if large else "shortcut", [width, width, 2 * width, 4 * width, 8 * width]
         for i in range(4):
-            stage = [block(widths[i] if j == 0 else widths[i + 1], widths[i + 1], 2 if i and j == 0 else 1)
-                     for j in range(blocks)]
+            ends = [(widths[i], 2 if i else 1)] + [(widths[i + 1], 1)] * (blocks - 1)  # of each block: width in, stride
+            stage = [BasicBlock(start, widths[i + 1], stride, shortcut) for start, stride in ends]
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
         self.fc = nn.Linear(widths[-1], num_classes)
 
@@ -92,8 +85,9 @@ class ResNet(nn.Module):
 class ViT(VisionTransformer):
     """torchvision's VisionTransformer as a classifier like the ResNet above; features [B, D] are its class token.
 
-    Dosovitskiy et al., arXiv 2010.11929; of the shape of a state_dict, with 64 numbers per head: ViT-B/16, the teacher
-    of the released code, has 12 layers and D = 768. Images of any size are enlarged here, on their device.
+    Dosovitskiy et al., arXiv 2010.11929; of the shape of a state_dict, with 64 numbers per head as all have up to
+    ViT-L; ViT-B/16, the teacher of the released code, has 12 layers and D = 768. Images are enlarged here, on their
+    device.
     """
 
     def __init__(self, state, num_classes):
@@ -101,7 +95,9 @@ class ViT(VisionTransformer):
         side = patch * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
         layers = sum(name.endswith(".ln_1.weight") for name in state)
         mlp = len(state["encoder.layers.encoder_layer_0.mlp.0.weight"])
-        super().__init__(side, patch, layers, max(1, width // 64), width, mlp, num_classes=num_classes)
+        if not side or width > 1024:
+            raise ValueError(f"a ViT of {layers} layers, {width} wide, for images of {side}: not one up to ViT-L")
+        super().__init__(side, patch, layers, width // 64, width, mlp, num_classes=num_classes)
 
     fc = property(lambda self: self.heads.head)
     forward, classify = ResNet.forward, ResNet.classify

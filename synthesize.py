@@ -461,7 +461,7 @@ def given_outliers(args, net):
 
     load = lambda file: torch.load(file, map_location="cpu", weights_only=True)
     finite = lambda *parts: all(part.is_floating_point() and part.numel() and part.isfinite().all() for part in parts)
-    found, map_size = {}, 2 * len(net.conv1.weight) * (args.size // (8 if args.size >= 224 else 2)) ** 2
+    found, map_size = {}, net.eval().lower(torch.zeros(1, 3, args.size, args.size)).numel()
     if args.outliers not in ("diffusion", "noise"):
         found = read(args.outliers, load, lambda o: finite(o["boundary"], o["latent"], o["basis"], o["scale"])
                      and o["basis"].shape == (o["latent"].shape[1], map_size) and o["mean"].shape == (map_size,)
@@ -505,7 +505,8 @@ def save_picture(path, images, columns):
 def main():
     parser = evaluate.common_parser(__doc__)
     parser.add_argument("checkpoint", help="weights of the network whose feature space is searched")
-    parser.add_argument("--teacher", metavar="FILE", help="find the boundary in the features of this network instead")
+    parser.add_argument("--teacher", metavar="FILE", help="find the boundary in the features of this network instead, "
+                        "as train.py does in those of a ViT")
     parser.add_argument("--out", default="outliers.pt", help="file for the outliers")
     parser.add_argument("--show", metavar="FILE.png",
                         help="also draw the training images nearest to boundary outliers, or the images of sd")

@@ -46,7 +46,7 @@ TIERS = {"resnet18": dict(ce_epochs=100, teacher_epochs=100, oal_epochs=100, oal
 # the losses of the paper's code, and its student's epochs and rate in place of the arch's.
 RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_latent=1.0),
            "released": dict(w_kd=4.0, w_feat=8.0, w_boundary=0.1, w_latent=0.2, oal_lr=0.005, oal_epochs=100)}
-VIT = dict(teacher_epochs=50, teacher_lr=1e-6, teacher_head_lr=1e-4)  # --teacher vit_b_16, fine-tuned as released
+FINE_TUNING = dict(teacher_epochs=50, teacher_lr=1e-6, teacher_head_lr=1e-4)  # as released, of --teacher vit_b_16
 WEIGHTS = ("w_kd", "w_feat", "w_boundary", "w_latent")
 PEERS = {"vos": {"ce": 1.0, "vos": 0.1}, "logitnorm": {"logitnorm": 1.0}}
 # What the optimiser does otherwise for what is trained beside the student: as released, and MICL's a and tau.
@@ -84,30 +84,31 @@ def stages(args, saved, ce, teacher, images, labels, sets, missing, given):
     # 1. The cross-entropy network: the baseline, the student's start. A file that is there is a resumed run's.
     if not (args.out / "ce.pt").exists():
         if not args.ce:
-            train("ce", ce, *ce_terms(ce, args), {"ce": 1.0}, images, labels, args, generator(args.seed, "ce"),
-                  args.val)
+            train("ce", ce, *ce_terms(ce, args), images, labels, args, generator(args.seed, "ce"), args.val)
         save(ce.state_dict(), args, "ce.pt")
     load_weights(ce, args, "ce.pt")
 
-    # 2. The teacher: what a second cycle of the same recipe, on the same images, makes of that network; or a ViT.
-    if not args.weights.keys() & {"kd", "feat"}:
+    # 2. The teacher: what a second cycle of the same recipe, on the same images, makes of that network; or a ViT, in
+    # whose features the boundary is found too.
+    distils, needed = (args.weights.keys() & terms for terms in ({"kd", "feat"}, {"boundary", "latent"}))
+    vit = teacher if isinstance(teacher, models.ViT) and needed else None
+    if not distils and not vit:
         teacher = None
-    elif args.teacher in (None, "vit_b_16"):
+    elif not args.teacher or args.teacher == "vit_b_16":
         teacher = teacher or load_weights(models.build(args.arch, ce.fc.out_features, args.size), args, "ce.pt")
         if not (args.out / "teacher.pt").exists():
-            train("teacher", teacher, *ce_terms(teacher, args), {"ce": 1.0}, images, labels, args,
-                  generator(args.seed, "teacher"))
+            train("teacher", teacher, *ce_terms(teacher, args), images, labels, args, generator(args.seed, "teacher"))
             save(teacher.state_dict(), args, "teacher.pt")
         load_weights(teacher, args, "teacher.pt")
 
-    # 3. Outliers, from the cross-entropy network's features, or from those of a ViT.
-    outliers, needed = None, args.weights.keys() & {"boundary", "latent"}
+    # 3. Outliers, from the cross-entropy network's features or the ViT's.
+    outliers = None
     if needed:
         if not (args.out / "outliers.pt").exists():
             begun = time.perf_counter()
             made = {} if needed <= given.keys() else synthesize.synthesize(
                 ce, images, labels, args.dataset, args.per_class, args.diffusion_steps,
-                generator(args.seed, "synthesize"), args.device, teacher if isinstance(teacher, models.ViT) else None)
+                generator(args.seed, "synthesize"), args.device, vit)
             args.seconds["synthesize"] = time.perf_counter() - begun
             save_checkpoint({"stage": "synthesize"}, args)
             save({**made, **given}, args, "outliers.pt")
@@ -117,7 +118,7 @@ def stages(args, saved, ce, teacher, images, labels, sets, missing, given):
     student = models.build(args.arch, ce.fc.out_features, args.size)
     if not (args.out / "student.pt").exists():
         load_weights(student, args, "ce.pt")
-        heads, terms, g = make_student(student, teacher, outliers, images, labels, args)
+        heads, terms, g = make_student(student, teacher if distils else None, outliers, images, labels, args)
         train("oal", student, heads, terms, args.weights, images, labels, args, g, args.val)
         if "critic" in heads:  # its mean as it will be measured: of all training images, in test mode
             mean = evaluate.outputs(student, images, args.dataset, args.device)[1].mean(0)
@@ -138,6 +139,7 @@ def stages(args, saved, ce, teacher, images, labels, sets, missing, given):
     seconds = {**args.seconds, "evaluate": time.perf_counter() - begun}
     seconds["total"] = sum(seconds.values())
     results = {**evaluate.describe("train.py", args), "arch": args.arch, "seed": args.seed, "options": args.options,
+               "teacher": teacher and f"{type(teacher).__name__} of {teacher.fc.in_features} features",
                "seconds": seconds, "missing": missing, "models": found}
     evaluate.write(args.out / "results.json", json.dumps(results, indent=1))
     print("\n".join([*evaluate.headline(results), "", *evaluate.tables([results])]))
@@ -181,7 +183,7 @@ def parse_args():
                       "them out")
     if args.recipe == "released" and args.outliers == "noise":
         evaluate.fail("--outliers noise is not for --recipe released, which never sends outliers through the network")
-    brought = {**TIERS[args.arch], **(VIT if args.teacher == "vit_b_16" else {}),
+    brought = {**TIERS[args.arch], **(FINE_TUNING if args.teacher == "vit_b_16" else {}),
                **({} if args.peer else RECIPES[args.recipe])}
     for name, value in brought.items():
         if getattr(args, name, None) is None:
@@ -257,8 +259,8 @@ def load_inputs(args):
     classes = evaluate.id_set(args)["classes"]
     ce = (evaluate.load_network(args.ce, classes, args.arch, args.size) if args.ce else
           build(args.arch, classes, args.seed, args.size))
-    teacher = (None if not args.teacher else evaluate.load_imagenet_vit(classes, args.data_root)
-               if args.teacher == "vit_b_16" else evaluate.load_network(args.teacher, classes, size=args.size))
+    teacher = args.teacher and (evaluate.load_imagenet_vit(classes, args.data_root) if args.teacher == "vit_b_16" else
+                                evaluate.load_network(args.teacher, classes, size=args.size))
     given = synthesize.given_outliers(args, ce)
     images, labels = evaluate.load(args.dataset, "train", args.data_root, args.size)
     if labels.bincount(minlength=classes).min() < 2:
@@ -307,11 +309,11 @@ def augment(images, pad, g):
 
 
 def ce_terms(net, args):
-    """Cross-entropy alone: the start and the teacher -> (no heads, terms)."""
+    """Cross-entropy alone: the start and the teacher -> (no heads, terms, weights)."""
     def terms(x, y):
         with models.autocast(args.device):
             return {"ce": F.cross_entropy(net(evaluate.normalize(x, args.dataset)), y)}
-    return {}, terms
+    return {}, terms, {"ce": 1.0}
 
 
 def make_student(student, teacher, outliers, images, labels, args):
@@ -606,8 +608,7 @@ def benchmark(args, net, teacher, images, labels):
     parts = {"bare": lambda: bare(lambda: F.cross_entropy(net.train()(x), y)),
              "teacher_forward": lambda: torch.no_grad()(bare)(lambda: teacher(x).mean()),
              "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).mean(), step=False),  # half of a network
-             "ce_step": lambda: train("ce", net, *ce_terms(net, args), {"ce": 1.0}, images, labels, args, g,
-                                      keep=False),
+             "ce_step": lambda: train("ce", net, *ce_terms(net, args), images, labels, args, g, keep=False),
              "oal_step": lambda: train("oal", net, heads, terms, args.weights, images, labels, args, g, keep=False),
              "test_pass": lambda: evaluate.outputs(net, images, args.dataset, args.device)}
     seconds = {name: [] for name in parts}
