@@ -829,8 +829,10 @@ def test_stable_diffusion_from_the_command_line(tiny, sd_folder, tmp_path, monke
     assert found.shape == codes.shape and torch.allclose(found, x @ weight + offset, atol=1e-3)
     told = 1 - (found - codes).square().mean() / codes.var(0).mean()
     assert told > 0.3                                                              # of the variance of the codes
-    maps = synthesize.outlier_maps(maps[:4], first, 3, rng())                      # and they enter a network
-    assert maps.shape == (3, 32, 16, 16) and maps.isfinite().all()
+    for recipe, term in (("oal", "latent"), ("released", "boundary")):              # and a student is trained by them
+        tiny(tmp_path / recipe, "--recipe", recipe, "--epochs", 1, "--ce", "ce.pt", "--outliers", "1.pt")
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("oal: "))
+        assert math.isfinite(float(line.split(f"  {term} ")[1].split()[0].rstrip(",")))
 
 
 def test_features_as_wide_as_a_word_are_not_mapped(tiny, tmp_path, monkeypatch):
