@@ -373,7 +373,7 @@ def normalize(images, dataset):
 
 @torch.inference_mode()
 def stage2(net, images, dataset, device):
-    """Images uint8 [N, 3, S, S] -> batches of (stage-2 maps [B, C, S/R, S/R], features [B, D]), in eval mode."""
+    """Images uint8 [N, 3, S, S] -> batches of (stage-2 maps [B, C, S/R, S/R] or a ViT's tokens, features [B, D])."""
     net.eval().to(device=device, memory_format=torch.channels_last)
     for batch in images.split(500):
         with models.autocast(device):
@@ -464,7 +464,7 @@ def load_network(path, num_classes, arch=None, size=SIZE):
 def load_imagenet_vit(num_classes, folder):
     """ViT-B/16 with torchvision's ImageNet weights, from their file in the folder or downloaded there, but for a head.
 
-    The head is new, of zeros, for num_classes.
+    The head is new, of zeros, for num_classes. Ends the program where the file is not to be had, or is another.
     """
     url = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.url
     path = Path(folder) / os.path.basename(url)
@@ -635,8 +635,9 @@ def tables(runs):
     """results.json dicts -> the lines of two Markdown tables, means with standard deviations (n - 1) over a row's runs.
 
     By ebo, fdbd and micl where all networks were measured by them, else by every score that all were measured by.
-    A row is the student of one set of options, whatever the seed and the shared networks, under the words that not all
-    commands begin with. The starts, one a seed, are a row of their own, as is a network measured by evaluate.py.
+    A row is the student of one set of options and one kind of teacher, whatever the seed and the networks' files, under
+    the words that not all commands begin with. The starts, one a seed, are a row of their own, as is a network measured
+    by evaluate.py.
     """
     of_a_run = r" --(resume|(seed|out|data-root|device|ce|teacher)[ =]('[^']*'|\S+))(?= |$)"
     commands = [re.sub(of_a_run, "", results["command"]).replace("=", " ").split() for results in runs]
@@ -726,7 +727,7 @@ def plot(path, columns, tpr):
 
 
 def describe(program, args):
-    """What results.json says of every run: the ID set, the size of its images, its classes' names, command, device."""
+    """What results.json says of every run: ID set, size of images, names of classes, command, device, versions."""
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
     return {"dataset": args.dataset, "size": args.size, "classes": ID_SETS[args.dataset]["names"],
             "command": shlex.join([program, *sys.argv[1:]]), "device": args.device, "versions": versions}
@@ -763,7 +764,7 @@ def common_parser(doc):
 
 
 def check_common(args):
-    """Ends where --device, --dataset or --data-root is of no use; `data`, the default root, may be made later."""
+    """Ends where --device, --dataset, --size or --data-root is of no use; `data`, the default root, can be made."""
     try:
         (torch.zeros(1, device=args.device) + 1).item()  # a value has to come back: none does from 'meta'
     except (RuntimeError, AssertionError, ImportError) as problem:  # a torch built without CUDA: an AssertionError

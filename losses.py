@@ -17,8 +17,8 @@ import torch.nn.functional as F
 def distill(student, teacher):
     """KL(softmax(teacher) || softmax(student)) in nats, mean over the batch; temperature 1 as released.
 
-    Logits [B, C]; in the released recipe also features [B, D] with a softmax over their units, where `teacher` is the
-    projected teacher feature and the gradient reaches the projection too.
+    Logits [B, C]; in the released recipe, or from a teacher of another shape, also features [B, D] with a softmax over
+    their units, where `teacher` is the projected teacher feature and the gradient reaches the projection too.
     """
     return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
 

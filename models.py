@@ -20,7 +20,7 @@ ARCHS = {"resnet18": (2, 64), "resnet_small": (1, 32), "resnet_tiny": (1, 16)}
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut of this name (He et al. 2016, arXiv 1512.03385, figure 3)."""
+    """Two 3x3 convolutions and a shortcut, a module of that name (He et al. 2016, arXiv 1512.03385, figure 3)."""
 
     def __init__(self, in_width, width, stride, shortcut):
         super().__init__()

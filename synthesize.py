@@ -400,9 +400,8 @@ def synthesize_sd(pipe, net, images, labels, args, generator, teacher=None):
     if args.show:
         save_picture(args.show, vae_decode(pipe, raw[:16]), 8)
     # The map from latents to codes, by ID images, which have both; a latent is averaged to the size of the coded map.
-    some = images[torch.linspace(0, len(images) - 1, min(2000, len(images))).long().to(images.device)]
-    maps = torch.cat([maps for maps, _ in evaluate.stage2(net, some, args.dataset, args.device)])
-    codec = {name: tensor.cpu() for name, tensor in fit_codec(maps).items()}
+    some, maps, codec = codec_of(net, images, args.dataset, args.device)
+    codec = {name: tensor.cpu() for name, tensor in codec.items()}
     pool = lambda z: F.adaptive_avg_pool2d(z, maps.shape[2:]).flatten(1)                  # [N, 4 H W]
     weight, offset = ridge(pool(vae_encode(pipe, some)), encode(maps.cpu(), codec))
     return {"boundary": boundary.cpu(), "boundary_labels": classes.cpu(), "latent": pool(raw) @ weight + offset,
@@ -417,6 +416,17 @@ def unit_features(net, images, dataset, device):
     return torch.cat([F.normalize(features, dim=1) for _, features in evaluate.stage2(net, images, dataset, device)])
 
 
+def codec_of(net, images, dataset, device):
+    """-> (2,000 of the images uint8 [N, 3, S, S], their stage-2 maps on the device, the codec fitted to these)."""
+    spread = torch.linspace(0, len(images) - 1, min(2000, len(images))).long()  # the lists are sorted by class
+    some = images[spread.to(images.device)]
+    maps = torch.cat([maps for maps, _ in evaluate.stage2(net, some, dataset, device)])
+    codec = fit_codec(maps)
+    if not codec["scale"] > 0:
+        evaluate.fail(f"the training images of {dataset} are all alike: there is nothing to learn")
+    return some, maps, codec
+
+
 def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generator, device, teacher=None):
     """A trained network and its training set -> the tensors of outliers.pt, on the CPU.
 
@@ -426,11 +436,7 @@ def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generat
     a teacher the features are its own, as in the released code.
     """
     diffusion_steps = min(diffusion_steps, 20 * len(images) // BATCH)
-    spread = torch.linspace(0, len(images) - 1, min(2000, len(images))).long()  # the lists are sorted by class
-    some = images[spread.to(images.device)]
-    codec = fit_codec(torch.cat([maps for maps, _ in evaluate.stage2(net, some, dataset, device)]))
-    if not codec["scale"] > 0:
-        evaluate.fail(f"the training images of {dataset} are all alike: there is nothing to learn")
+    _, _, codec = codec_of(net, images, dataset, device)
     pairs = [(encode(maps, codec), F.normalize(features, dim=1))
              for maps, features in evaluate.stage2(net, images, dataset, device)]
     latents, features = (torch.cat(parts) for parts in zip(*pairs))                       # [N, L], [N, D]
@@ -461,8 +467,9 @@ def given_outliers(args, net):
 
     load = lambda file: torch.load(file, map_location="cpu", weights_only=True)
     finite = lambda *parts: all(part.is_floating_point() and part.numel() and part.isfinite().all() for part in parts)
-    found, map_size = {}, net.eval().lower(torch.zeros(1, 3, args.size, args.size)).numel()
+    found = {}
     if args.outliers not in ("diffusion", "noise"):
+        map_size = net.eval().lower(torch.zeros(1, 3, args.size, args.size)).numel()
         found = read(args.outliers, load, lambda o: finite(o["boundary"], o["latent"], o["basis"], o["scale"])
                      and o["basis"].shape == (o["latent"].shape[1], map_size) and o["mean"].shape == (map_size,)
                      and o["boundary"].dim() == o["latent"].dim() == o.get("released", o["latent"]).dim() == 2,

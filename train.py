@@ -9,7 +9,8 @@
 In the order in which things happen: a cross-entropy network (the baseline, the student's start); its teacher, trained
 on from there; outliers synthesised from the network's features (synthesize.py); the student, trained on ID images and
 outliers (losses.py); network and student measured side by side (evaluate.py). An ablation is a weight of 0: `--w-kd 0`
-trains without logit distillation. Without both distillations there is no teacher.
+trains without logit distillation. Without both distillations no teacher is trained, but for a ViT, the released code's,
+in whose features the boundary is found.
 """
 import contextlib
 import io
@@ -161,8 +162,8 @@ def parse_args():
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
     parser.add_argument("--teacher", metavar="{vit_b_16,FILE}", help="distil from this network and train no teacher; "
                         "one of the student's arch must have grown from --ce, since maps are matched unit by unit; "
-                        "vit_b_16: distil from torchvision's ViT-B/16, fine-tuned here")
-    parser.add_argument("--recipe", choices=RECIPES, default="oal", help="released: the losses of the paper's code")
+                        "vit_b_16: torchvision's ViT-B/16, fine-tuned here; in a ViT's features the boundary is found")
+    parser.add_argument("--recipe", choices=RECIPES, default="oal", help="released: that of the paper's code")
     parser.add_argument("--peer", choices=PEERS, help="train the student by this method in place of OAL")
     parser.add_argument("--outliers", default="diffusion", metavar="{diffusion,noise,FILE}", help="noise: Gaussian "
                         "noise in place of latents, to compare; FILE: an outliers.pt that was made from the same --ce")
@@ -331,7 +332,8 @@ def make_student(student, teacher, outliers, images, labels, args):
 def oal_terms(student, teacher, outliers, images, labels, args, g):
     """OAL's objective: cross-entropy + 4 KD(logits) + 16 KD(maps) + 1 MICL by default -> (heads, terms).
 
-    Without a teacher no distillation, without outliers no MICL.
+    Without a teacher no distillation, without outliers no MICL; from a teacher of another shape, such as a ViT, KD of
+    its projected features, as released, in place of KD(maps).
     """
     heads = {}
     if outliers:  # about 5,000 images of all classes, by which the lists are sorted
@@ -445,24 +447,28 @@ def draw(outliers, n, args, g, replacement):
 def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, keep=True):
     """Trains `net` and its heads in place for one stage, 'ce', 'teacher' or 'oal'; adds the time taken to args.seconds.
 
+    By SGD, a ViT by Adam, with a cosine per step to 0.
     images uint8 [N, 3, S, S] and labels int64 [N] on args.device. The loss is the sum over weights {term: weight} of
     what terms(x, y) returns. g: the stage's generator, which terms may share. With val (images, labels) the network
     ends as that of its best epoch on them. With `keep` checkpoint.pt is saved after each epoch, in a single process
     also at the step where SIGINT or SIGTERM comes, and a stage that it holds goes on from there.
     """
-    epochs, rate = getattr(args, f"{stage}_epochs"), args.oal_lr if stage == "oal" else CE["lr"] * args.batch / 128
+    epochs = getattr(args, f"{stage}_epochs")
     net.to(args.device, memory_format=torch.channels_last).train()
     net.source = f"the network of stage {stage} in {args.out}"  # no longer that of the file it started from
     heads = torch.nn.ModuleDict(heads).to(args.device).train()
-    groups = [{"params": list(net.parameters())}, *({"params": list(head.parameters()), **HEADS.get(name, {})}
-                                                     for name, head in heads.items())]
-    per_epoch = (len(images) - 2 * args.world) // args.batch + 1  # a rest too small for batch-norm is left out
-    steps, step, order, best = epochs * per_epoch, 0, None, {"accuracy": -1.0}
-    optimizer = torch.optim.SGD(groups, **{**CE, "lr": rate})
     if isinstance(net, models.ViT):
         body = [net.class_token, *net.conv_proj.parameters(), *net.encoder.parameters()]
-        optimizer = torch.optim.Adam([{"params": body, "lr": args.teacher_lr},
-                                      {"params": net.heads.parameters(), "lr": args.teacher_head_lr}])
+        groups = [{"params": body, "lr": args.teacher_lr},
+                  {"params": list(net.fc.parameters()), "lr": args.teacher_head_lr}]
+        optimizer = torch.optim.Adam(groups)
+    else:
+        rate = args.oal_lr if stage == "oal" else CE["lr"] * args.batch / 128
+        groups = [{"params": list(net.parameters())}, *({"params": list(head.parameters()), **HEADS.get(name, {})}
+                                                         for name, head in heads.items())]
+        optimizer = torch.optim.SGD(groups, **{**CE, "lr": rate})
+    per_epoch = (len(images) - 2 * args.world) // args.batch + 1  # a rest too small for batch-norm is left out
+    steps, step, order, best = epochs * per_epoch, 0, None, {"accuracy": -1.0}
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
     state = dict(net=net, heads=heads, optimizer=optimizer, schedule=schedule)
     saved = load_checkpoint(args.out / "checkpoint.pt") if keep else {}
