@@ -1615,6 +1615,8 @@ def test_the_released_recipe_is_that_of_released_md(tiny, tmp_path, monkeypatch,
     given, rates = groups[2]
     assert [{**rates, **group}["lr"] for group in given] == [0.005, 0.01, 1e-4, 1e-4]
     assert rates == dict(lr=0.005, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    ours = [{**groups[5][1], **group} for group in groups[5][0]]                    # network, critic
+    assert [(group["lr"], group["weight_decay"]) for group in ours] == [(0.01, 5e-4), (0.01, 0.0)]
     assert results["options"]["oal_epochs"] == 1 and train.RECIPES["released"]["oal_epochs"] == 100
     torch.save(latents[:, :2], tmp_path / "l.pt")                                   # neither of the two shapes
     np.save(tmp_path / "b.npy", np.zeros((6, 7, 768)))                              # 6 classes, not 8
@@ -1624,7 +1626,8 @@ def test_the_released_recipe_is_that_of_released_md(tiny, tmp_path, monkeypatch,
         assert says in capsys.readouterr().err and not (tmp_path / "b").exists()
 
     net, teacher = models.build("resnet_tiny", 8), models.build("resnet_tiny", 8).eval()
-    outliers = {"boundary": torch.randn(20, 768, generator=rng(1)), "latent": torch.randn(20, 64, generator=rng(2))}
+    outliers = {"boundary": torch.randn(20, 768, generator=rng(1)), "latent": torch.ones(7, 5),       # a code of ours
+                "released": torch.randn(20, 64, generator=rng(2))}
     args = argparse.Namespace(dataset="shapes", device="cpu", batch=16, rank=0, world=1, weights=outliers)
     heads, terms = train.released_terms(net, teacher, outliers, None, None, args, rng(3))
     layers = lambda part: [(one.in_features, one.out_features) for one in part if isinstance(one, torch.nn.Linear)]
@@ -1636,8 +1639,8 @@ def test_the_released_recipe_is_that_of_released_md(tiny, tmp_path, monkeypatch,
     with torch.no_grad():
         found = terms(x, y)
         logits, h = net(evaluate.normalize(x, "shapes"), return_feature=True)
-        for kind in ("boundary", "latent"):
-            drawn = outliers[kind][torch.randperm(20, generator=g)[:16]][:10]      # of a whole batch, the first ten
+        for kind, name in (("boundary", "boundary"), ("latent", "released")):
+            drawn = outliers[name][torch.randperm(20, generator=g)[:16]][:10]      # of a whole batch, the first ten
             mean, log_var = heads[kind].mean(drawn), heads[kind].log_var(drawn)
             log_q = torch.stack([-0.5 * ((h[j] - mean) ** 2 / log_var.exp() + log_var).sum(1) for j in range(10)], 1)
             assert torch.allclose(found[kind], log_q.diag().mean() - log_q.mean(), atol=1e-4)
