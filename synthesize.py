@@ -29,6 +29,11 @@ import models
 # --- Boundary outliers. ----------------------------------------------------------------------------------------------
 
 
+def unit_features(net, images, dataset, device):
+    """Images uint8 [N, 3, S, S] -> features [N, D] of unit length, on the device."""
+    return torch.cat([F.normalize(features, dim=1) for _, features in evaluate.stage2(net, images, dataset, device)])
+
+
 def kth_distance(queries, bank, k):
     """Distance from unit vectors queries [Q, D] to their k-th nearest in bank [N, D], 1 = the nearest: [Q]."""
     kth = (queries @ bank.T).topk(k, dim=1, sorted=False)[0].amin(1)          # cosines [Q]
@@ -116,6 +121,17 @@ def fit_codec(maps):
     size = min(CODE, len(x) - 1)
     basis = F.normalize(vectors[:, -size:].T.to(x) @ x, dim=1)                            # [L, P]
     return {"mean": mean, "basis": basis, "scale": (values[-size:].mean() / len(x)).sqrt().to(x)}
+
+
+def codec_of(net, images, dataset, device):
+    """-> (2,000 of the images uint8 [N, 3, S, S], their stage-2 maps on the device, the codec fitted to these)."""
+    spread = torch.linspace(0, len(images) - 1, min(2000, len(images))).long()  # the lists are sorted by class
+    some = images[spread.to(images.device)]
+    maps = torch.cat([maps for maps, _ in evaluate.stage2(net, some, dataset, device)])
+    codec = fit_codec(maps)
+    if not codec["scale"] > 0:
+        evaluate.fail(f"the training images of {dataset} are all alike: there is nothing to learn")
+    return some, maps, codec
 
 
 def encode(maps, codec):
@@ -409,22 +425,6 @@ def synthesize_sd(pipe, net, images, labels, args, generator, teacher=None):
 
 
 # --- The whole stage: a trained network and its training images -> outliers.pt. --------------------------------------
-
-
-def unit_features(net, images, dataset, device):
-    """Images uint8 [N, 3, S, S] -> features [N, D] of unit length, on the device."""
-    return torch.cat([F.normalize(features, dim=1) for _, features in evaluate.stage2(net, images, dataset, device)])
-
-
-def codec_of(net, images, dataset, device):
-    """-> (2,000 of the images uint8 [N, 3, S, S], their stage-2 maps on the device, the codec fitted to these)."""
-    spread = torch.linspace(0, len(images) - 1, min(2000, len(images))).long()  # the lists are sorted by class
-    some = images[spread.to(images.device)]
-    maps = torch.cat([maps for maps, _ in evaluate.stage2(net, some, dataset, device)])
-    codec = fit_codec(maps)
-    if not codec["scale"] > 0:
-        evaluate.fail(f"the training images of {dataset} are all alike: there is nothing to learn")
-    return some, maps, codec
 
 
 def synthesize(net, images, labels, dataset, per_class, diffusion_steps, generator, device, teacher=None):

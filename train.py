@@ -91,7 +91,7 @@ def stages(args, saved, ce, teacher, images, labels, sets, missing, given):
 
     # 2. The teacher: what a second cycle of the same recipe, on the same images, makes of that network; or a ViT, in
     # whose features the boundary is found too.
-    distils, needed = (args.weights.keys() & terms for terms in ({"kd", "feat"}, {"boundary", "latent"}))
+    distils, needed = args.weights.keys() & {"kd", "feat"}, args.weights.keys() & {"boundary", "latent"}
     vit = teacher if isinstance(teacher, models.ViT) and needed else None
     if not distils and not vit:
         teacher = None
