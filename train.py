@@ -1,634 +1,774 @@
-"""OAL (Outlier Aware Learning), from the images to the table of results. Paper: Gao et al., arXiv 2406.16525.
+"""OAL (Outlier Aware Learning), from the images to the table of results. Paper: arXiv 2406.16525.
 
-    python train.py                                                        # embedded images, no download, minutes
-    python train.py --dataset cifar100 --data-root DIR                     # resnet18, 3 x 100 epochs: a GPU
-    python train.py --dataset cifar100 --data-root DIR --arch resnet_small # 8 + 16 + 3 epochs: a laptop
-    python train.py --dataset FOLDER --ood FOLDER                          # your images, train/CLASS/... (README)
+    python train.py                                                # embedded images, no download
+    python train.py --dataset cifar100 --data-root DIR             # resnet18, 3 x 100 epochs: a GPU
+    python train.py --dataset cifar100 --data-root DIR --arch resnet_small      # a laptop
+    python train.py --dataset FOLDER --ood FOLDER                  # your images, train/CLASS/...
     torchrun --nproc_per_node=N train.py --dataset cifar100 --data-root DIR
 
-In the order in which things happen: a cross-entropy network (the baseline, the student's start); its teacher, trained
-on from there; outliers synthesised from the network's features (synthesize.py); the student, trained on ID images and
-outliers (losses.py); network and student measured side by side (evaluate.py). An ablation is a weight of 0: `--w-kd 0`
-trains without logit distillation. Without both distillations no teacher is trained, but for a ViT, the released code's,
-in whose features the boundary is found.
+The order of the method is the order of `main`: a cross-entropy network, which is the baseline and
+the student's start; its teacher, trained on from there; outliers made from the network's features
+(synthesize.py); the student, trained on ID images and outliers (losses.py); start and student
+measured side by side (evaluate.py). The sum of the losses is in `OAL.forward`. A weight of 0 leaves
+its term out: `--w-kd 0`.
 """
 import contextlib
-import io
 import json
 import math
 import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import losses
 import models
 import synthesize
+from models import fail
 
-# OpenOOD v1.5's recipe for CIFAR; its rate is for a batch of 128 and is scaled with the batch.
-CE = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-# What an arch brings: epochs of the three stages; the student's learning rate; the batch; padding of the random crop;
+# OpenOOD v1.5's recipe for CIFAR; the rate is for a batch of 128 and is scaled with the batch.
+SGD = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+# Per arch: epochs of the three stages; the student's rate; batch; padding of the random crop;
 # outliers per class; steps of the diffusion model, at most.
-TIERS = {"resnet18": dict(ce_epochs=100, teacher_epochs=100, oal_epochs=100, oal_lr=0.005, batch=128, crop=4,
-                          per_class=500, diffusion_steps=4000),
-         "resnet_small": dict(ce_epochs=8, teacher_epochs=16, oal_epochs=3, oal_lr=0.02, batch=128, crop=1,
-                              per_class=50, diffusion_steps=1000),
-         "resnet_tiny": dict(ce_epochs=9, teacher_epochs=7, oal_epochs=8, oal_lr=0.01, batch=64, crop=1,
-                             per_class=50, diffusion_steps=1000)}
-# The student's objective: cross-entropy plus these terms (losses.py) with these weights. 'oal' is ours; 'released' has
-# the losses of the paper's code, and its student's epochs and rate in place of the arch's.
-RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_latent=1.0),
-           "released": dict(w_kd=4.0, w_feat=8.0, w_boundary=0.1, w_latent=0.2, oal_lr=0.005, oal_epochs=100)}
-FINE_TUNING = dict(teacher_epochs=50, teacher_lr=1e-6, teacher_head_lr=1e-4)  # as released, of --teacher vit_b_16
-WEIGHTS = ("w_kd", "w_feat", "w_boundary", "w_latent")
-PEERS = {"vos": {"ce": 1.0, "vos": 0.1}, "logitnorm": {"logitnorm": 1.0}}
-# What the optimiser does otherwise for what is trained beside the student: as released, and MICL's a and tau.
-HEADS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(lr=1e-4),
+TIERS = {
+    "resnet18": dict(ce_epochs=100, teacher_epochs=100, oal_epochs=100, oal_lr=0.005, batch=128,
+                     crop=4, per_class=500, diffusion_steps=4000),
+    "resnet_small": dict(ce_epochs=8, teacher_epochs=16, oal_epochs=3, oal_lr=0.02, batch=128,
+                         crop=1, per_class=50, diffusion_steps=1000),
+    "resnet_tiny": dict(ce_epochs=9, teacher_epochs=7, oal_epochs=8, oal_lr=0.01, batch=64,
+                        crop=1, per_class=50, diffusion_steps=1000)}
+# A stage of fewer than MIN_STEPS gets more epochs, unless --epochs says how many; one of fewer than
+# twice as many ends with new batch-norm statistics. Epochs of fewer steps share a checkpoint.
+MIN_STEPS, CHECKPOINT_STEPS = 200, 20
+# Weights of the student's losses beside cross-entropy. 'released': those of the paper's code.
+RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_boundary=0.0, w_latent=1.0),
+           "released": dict(w_kd=4.0, w_feat=8.0, w_boundary=0.1, w_latent=0.2,
+                            oal_lr=0.005, oal_epochs=100)}
+# The ViT teacher is fine-tuned by Adam, as released.
+VIT = dict(epochs=50, lr=1e-6, head_lr=1e-4)
+# What the optimiser does otherwise for an objective's other parts: as released; MICL's a and tau.
+PARTS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(lr=1e-4),
          "critic": dict(weight_decay=0.0)}
+
+
+class Run(NamedTuple):
+    """What a run is and where it writes; `seconds` alone changes."""
+    options: dict   # what decides the weights
+    digest: int     # of the training images and labels
+    out: Path       # None: nothing is printed or written, as in the benchmark
+    seconds: dict   # used so far, by stage
 
 
 def main():
     args = parse_args()
-    start_processes(args)
+    options, device = args.options, join_processes(args.device)
+    data, start, teacher, outliers = load_inputs(args, device)
     if args.benchmark:
-        result = json.dumps(benchmark(args, *load_inputs(args)[:4]), indent=1)
-        print(result)
-        evaluate.write(args.out / "benchmark.json", result)
-        return
-    saved = claim(args)
-    try:
-        inputs = load_inputs(args)
-    except BaseException:
-        if args.rank == 0 and not saved:  # nothing was done: the folder is free again
-            (args.out / "checkpoint.pt").unlink()
-            with contextlib.suppress(OSError):  # it holds something else
-                args.out.rmdir()
-        raise
-    stages(args, saved, *inputs)
+        return benchmark(args.out, options, data, start, teacher)
+    run = claim(args, data)
 
-
-def stages(args, saved, ce, teacher, images, labels, sets, missing, given):
-    """The method, from the images to results.json. saved: what checkpoint.pt holds of an earlier attempt, or {};
-    the others are load_inputs'."""
-    if saved.get("images") not in (None, args.digest):
-        evaluate.fail(f"{args.out} holds a run with other training images: bring them back, or name another --out")
-    args.seconds = saved.get("seconds", args.seconds)
-
-    # 1. The cross-entropy network: the baseline, the student's start. A file that is there is a resumed run's.
-    if not (args.out / "ce.pt").exists():
+    # 1. The start: a cross-entropy network. If ce.pt exists, this run is being resumed.
+    if not (run.out / "ce.pt").exists():
         if not args.ce:
-            train("ce", ce, *ce_terms(ce, args), images, labels, args, generator(args.seed, "ce"), args.val)
-        save(ce.state_dict(), args, "ce.pt")
-    load_weights(ce, args, "ce.pt")
+            train("ce", CrossEntropy(start, data), data, run)
+        save_network("ce", start, data, run)
+    load_weights(start, run.out / "ce.pt")
 
-    # 2. The teacher: what a second cycle of the same recipe, on the same images, makes of that network; or a ViT, in
-    # whose features the boundary is found too.
-    distils, needed = args.weights.keys() & {"kd", "feat"}, args.weights.keys() & {"boundary", "latent"}
-    vit = teacher if isinstance(teacher, models.ViT) and needed else None
-    if not distils and not vit:
-        teacher = None
-    elif not args.teacher or args.teacher == "vit_b_16":
-        teacher = teacher or load_weights(models.build(args.arch, ce.fc.out_features, args.size), args, "ce.pt")
-        if not (args.out / "teacher.pt").exists():
-            train("teacher", teacher, *ce_terms(teacher, args), images, labels, args, generator(args.seed, "teacher"))
-            save(teacher.state_dict(), args, "teacher.pt")
-        load_weights(teacher, args, "teacher.pt")
+    # 2. The teacher: a second cycle of the same recipe, on from the start; or a ViT, fine-tuned.
+    if teacher is not None and args.teacher in (None, "vit_b_16"):
+        if not (run.out / "teacher.pt").exists():
+            if not args.teacher:
+                load_weights(teacher, run.out / "ce.pt")
+            train("teacher", CrossEntropy(teacher, data), data, run)
+            save_network("teacher", teacher, data, run)
+        load_weights(teacher, run.out / "teacher.pt")
 
-    # 3. Outliers, from the cross-entropy network's features or the ViT's.
-    outliers = None
-    if needed:
-        if not (args.out / "outliers.pt").exists():
-            begun = time.perf_counter()
-            made = {} if needed <= given.keys() else synthesize.synthesize(
-                ce, images, labels, args.dataset, args.per_class, args.diffusion_steps,
-                generator(args.seed, "synthesize"), args.device, vit)
-            args.seconds["synthesize"] = time.perf_counter() - begun
-            save_checkpoint({"stage": "synthesize"}, args)
-            save({**made, **given}, args, "outliers.pt")
-        outliers = torch.load(args.out / "outliers.pt", map_location=args.device, weights_only=True)
+    # 3. Outliers, from the features of the start, or of the ViT.
+    if needs_outliers(options):
+        if not (run.out / "outliers.pt").exists():
+            save_outliers(start, teacher, outliers, data, run)
+        outliers = torch.load(run.out / "outliers.pt", map_location=device, weights_only=True)
 
-    # 4. The student, which starts as the cross-entropy network.
-    student = models.build(args.arch, ce.fc.out_features, args.size)
-    if not (args.out / "student.pt").exists():
-        load_weights(student, args, "ce.pt")
-        heads, terms, g = make_student(student, teacher if distils else None, outliers, images, labels, args)
-        train("oal", student, heads, terms, args.weights, images, labels, args, g, args.val)
-        if "critic" in heads:  # its mean as it will be measured: of all training images, in test mode
-            mean = evaluate.outputs(student, images, args.dataset, args.device)[1].mean(0)
-            save({"mean": mean, "a": heads["critic"].log_a.exp().detach(), "tau": heads["critic"].tau.detach()}, args,
-                 "student.critic.pt")
-        save(student.state_dict(), args, "student.pt")
-    load_weights(student, args, "student.pt")
+    # 4. The student, which starts as the start.
+    student = build(options, len(data.classes), device)
+    if not (run.out / "student.pt").exists():
+        load_weights(student, run.out / "ce.pt")
+        objective = student_objective(student, teacher, outliers, data, options)
+        train("oal", objective, data, run)
+        save_network("student", student, data, run, getattr(objective, "critic", None))
+    load_weights(student, run.out / "student.pt")
 
-    # 5. Both networks, side by side, in the first process.
-    if args.world > 1:
+    # 5. Start and student on the benchmark, in the first process; the others are done.
+    first = is_first()
+    if dist.is_initialized():
         dist.destroy_process_group()
-    if args.rank:
-        return
-    begun, found = time.perf_counter(), {}
-    for name, net in (("ce", ce), ("oal", student)):
-        ref = evaluate.reference(net, args.dataset, images, args.device)
-        found[name], _ = evaluate.evaluate(net, sets, args.dataset, args.device, list(evaluate.SCORES), ref)
-    seconds = {**args.seconds, "evaluate": time.perf_counter() - begun}
-    seconds["total"] = sum(seconds.values())
-    results = {**evaluate.describe("train.py", args), "arch": args.arch, "seed": args.seed, "options": args.options,
-               "teacher": teacher and f"{type(teacher).__name__} of {teacher.fc.in_features} features",
-               "seconds": seconds, "missing": missing, "models": found}
-    evaluate.write(args.out / "results.json", json.dumps(results, indent=1))
-    print("\n".join([*evaluate.headline(results), "", *evaluate.tables([results])]))
-    print(f"written: {args.out / 'results.json'}")
+    if first:
+        report(args, run, data, {"ce": start, "oal": student}, teacher)
 
 
-# --- What a run begins with. -----------------------------------------------------------------------------------------
+# --- Objectives. objective(x, y, g) -> (loss, its terms {name: scalar}) for images x uint8
+# [B, 3, S, S], labels y int64 [B] and a generator g. What is trained is a submodule; `net` is the
+# network.
 
 
-def parse_args():
-    parser = evaluate.common_parser(__doc__)
-    parser.add_argument("--ood", nargs="+", default=[], metavar="FOLDER", help="folders of your own OOD images")
-    parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
-    parser.add_argument("--seed", type=evaluate.SEED, default=0)
-    parser.add_argument("--arch", choices=models.ARCHS, help="resnet_tiny on shapes, else resnet18")
-    parser.add_argument("--epochs", type=evaluate.POSITIVE, help="of each of the three stages (the arch's own)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
-    parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network and skip its training")
-    parser.add_argument("--teacher", metavar="{vit_b_16,FILE}", help="distil from this network and train no teacher; "
-                        "one of the student's arch must have grown from --ce, since maps are matched unit by unit; "
-                        "vit_b_16: torchvision's ViT-B/16, fine-tuned here; in a ViT's features the boundary is found")
-    parser.add_argument("--recipe", choices=RECIPES, default="oal", help="released: that of the paper's code")
-    parser.add_argument("--peer", choices=PEERS, help="train the student by this method in place of OAL")
-    parser.add_argument("--outliers", default="diffusion", metavar="{diffusion,noise,FILE}", help="noise: Gaussian "
-                        "noise in place of latents, to compare; FILE: an outliers.pt that was made from the same --ce")
-    parser.add_argument("--boundary-file", metavar="FILE.npy", help="boundary outliers [C, n, D] as released")
-    parser.add_argument("--latent-file", metavar="FILE.pt", help="latents [N, 64, 64] or [100, 3, 64, 64] as released")
-    for name in WEIGHTS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.FINITE,
-                            help="weight of the term; 0 leaves it out")
-    args = parser.parse_args()
-    evaluate.check_common(args)
-    args.arch = args.arch or ("resnet_tiny" if args.dataset == "shapes" else "resnet18")
-    args.ce_epochs = args.teacher_epochs = args.oal_epochs = args.epochs
-    given = [name for name in WEIGHTS if getattr(args, name) is not None]
-    if args.peer and (given or args.benchmark or args.recipe != "oal" or args.outliers != "diffusion"):
-        evaluate.fail("--peer is another objective than OAL's: leave out --recipe, --w-*, --outliers and --benchmark")
-    if args.recipe == "oal" and ("w_boundary" in given or args.boundary_file or args.latent_file):
-        evaluate.fail("--w-boundary, --boundary-file and --latent-file are for --recipe released: add that, or leave "
-                      "them out")
-    if args.recipe == "released" and args.outliers == "noise":
-        evaluate.fail("--outliers noise is not for --recipe released, which never sends outliers through the network")
-    brought = {**TIERS[args.arch], **(FINE_TUNING if args.teacher == "vit_b_16" else {}),
-               **({} if args.peer else RECIPES[args.recipe])}
-    for name, value in brought.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    args.options = {name: value for name, value in vars(args).items()  # those that decide what a student becomes
-                    if name not in ("data_root", "ood", "out", "device", "resume", "benchmark", "epochs")}
-    args.weights = PEERS[args.peer] if args.peer else {  # {term: weight}; a weight of 0 leaves its term out
-        "ce": 1.0, **{name.removeprefix("w_"): args.options[name] for name in WEIGHTS if args.options[name]}}
-    args.seconds = {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}
-    args.out = Path(args.out or f"runs/{os.path.basename(os.path.abspath(args.dataset))}")
-    return args
+class CrossEntropy(nn.Module):
+    """The objective of the start and of the teacher."""
+
+    def __init__(self, net, data):
+        super().__init__()
+        self.net, self.scale = net, (data.mean, data.std)
+
+    def forward(self, x, y, g):
+        with models.autocast(x.device):
+            ce = F.cross_entropy(self.net(models.normalize(x, *self.scale)), y)
+        return ce, {"ce": ce}
 
 
-def start_processes(args):
-    """Sets args.rank and args.world, and under torchrun joins the other processes."""
-    try:
-        args.rank, args.world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-        if not 0 <= args.rank < args.world:
-            raise ValueError(f"RANK {args.rank} of WORLD_SIZE {args.world}")
-        if args.world > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # evaluate.run's handler waits as long as torch.distributed
-            if args.device == "cuda":
-                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(args.device)
-            # Hours, not the default ten minutes, for the first process to download and draw while the others wait.
-            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=timedelta(hours=4))
-    except (ValueError, KeyError, RuntimeError) as problem:  # RuntimeError: torch.cuda's and torch.distributed's
-        evaluate.fail(f"the processes cannot be started ({str(problem).splitlines()[0]}): start them by torchrun, one "
-                      "for a GPU")
+class OAL(nn.Module):
+    """Cross-entropy + w_kd KD(logits) + w_feat KD(maps) + w_latent MICL(latents), the default recipe.
 
-
-def claim(args):
-    """Takes the folder args.out for this run alone -> what its checkpoint.pt holds, {} for a new run.
-
-    checkpoint.pt is created here, which only one of several runs begun at once can do; a killed run leaves it for
-    --resume, by which runs of the same options alone can share a folder: they replace its files by the same.
+    Without a teacher no KD, without outliers no MICL. From a teacher of another shape, such as a
+    ViT, KD of its projected features, as released, takes the place of KD(maps).
     """
-    path = args.out / "checkpoint.pt"
-    held = sorted(path.name for kind in ("*.pt", "results.json") for path in args.out.glob(kind))
-    if args.resume and path.exists():
-        saved = load_checkpoint(path)
-        before = saved["options"]
-        other = [name for name in {**before, **args.options} if before.get(name, "-") != args.options.get(name, "-")]
-        if other:
-            evaluate.fail(f"{args.out} holds a run with other options ({', '.join(other)}): resume by the same command")
-        return saved
-    wait(args)  # until every process has looked
-    if not held and args.rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        torch.save({"stage": "claim", "options": args.options, "images": None, "seconds": args.seconds}, content)
-        try:
-            with open(path, "xb") as file:
-                file.write(content.getvalue())
-        except FileExistsError:  # of a run that began at the same moment
-            held = ["checkpoint.pt"]
-        except OSError as problem:  # a full disk: nothing half-written stays
-            path.unlink()
-            raise OSError(problem.errno, problem.strerror, str(path))
-    if held:
-        evaluate.fail(f"{args.out} holds another run's {', '.join(held)}: name another folder with --out"
-                      + (", or go on with --resume" if "checkpoint.pt" in held else ""))
-    return {}
 
-
-def load_inputs(args):
-    """What a run begins with, and all that a user can get wrong, before the first second of training -> cross-entropy
-    network, teacher or None, images uint8 [N, 3, S, S] and labels int64 [N] on args.device, test sets, names of the
-    missing, outliers of files. Sets args.batch, args.digest and args.val, the images by which an epoch is chosen.
-    """
-    if args.rank:
-        wait(args)  # the first process downloads and decodes, the others read what it has left
-    classes = evaluate.id_set(args)["classes"]
-    ce = (evaluate.load_network(args.ce, classes, args.arch, args.size) if args.ce else
-          build(args.arch, classes, args.seed, args.size))
-    teacher = args.teacher and (evaluate.load_imagenet_vit(classes, args.data_root) if args.teacher == "vit_b_16" else
-                                evaluate.load_network(args.teacher, classes, size=args.size))
-    given = synthesize.given_outliers(args, ce)
-    images, labels = evaluate.load(args.dataset, "train", args.data_root, args.size)
-    if labels.bincount(minlength=classes).min() < 2:
-        evaluate.fail(f"the training set of {args.dataset} is too small: each class needs 2 images")
-    args.digest = zlib.crc32(labels.numpy().data, zlib.crc32(images.contiguous().numpy().data))
-    args.val = evaluate.load(args.dataset, "val", args.data_root, args.size) if args.recipe == "released" else None
-    args.batch = min(args.batch, len(images))
-    if args.world > (1 if args.benchmark else args.batch // 4):
-        evaluate.fail(f"{args.world} processes are too many: --benchmark takes 1, this run {args.batch // 4} at most")
-    for net in [net for net in (args.ce and ce, teacher) if net]:
-        evaluate.outputs(net, images[:100], args.dataset, args.device)  # that they are finite
-    sets, missing = evaluate.load_benchmark(args.dataset, args.data_root, args.ood, args.size)
-    if args.rank == 0:
-        if missing:
-            print(f"missing, and left out of the means: {', '.join(missing)}", flush=True)
-        wait(args)
-    return ce, teacher, images.to(args.device), labels.to(args.device), sets, missing, given
-
-
-def generator(seed, stage):
-    """A stage's only source of randomness: its draws are the same whether or not earlier stages were run here."""
-    return torch.Generator().manual_seed(10 * seed
-                                         + ("weights", "ce", "synthesize", "oal", "teacher", "heads").index(stage))
-
-
-def build(arch, num_classes, seed, size=evaluate.SIZE):
-    """A network whose fresh weights depend on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "weights").initial_seed())
-        return models.build(arch, num_classes, size)
-
-
-def augment(images, pad, g):
-    """uint8 [B, 3, S, S] -> the same shape: random crop after zero-padding by `pad`, random horizontal flip."""
-    b, size, device = len(images), images.shape[-1], images.device
-    top, left, flip = (torch.randint(high, (b, 1), generator=g).to(device) for high in (2 * pad + 1, 2 * pad + 1, 2))
-    span = torch.arange(size, device=device)
-    rows, cols = top + span, left + torch.where(flip == 1, size - 1 - span, span)                     # [B, S] each
-    padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)                              # [B, S + 2 pad, S + 2 pad, 3]
-    cut = padded[torch.arange(b, device=device)[:, None, None], rows[:, :, None], cols[:, None, :]]   # [B, S, S, 3]
-    return cut.permute(0, 3, 1, 2)
-
-
-# --- What a stage trains by: terms(x, y), a function of a batch, uint8 [B, 3, S, S] augmented and int64 [B] ->
-# {term: scalar}, and the heads that are trained beside the network.
-
-
-def ce_terms(net, args):
-    """Cross-entropy alone: the start and the teacher -> (no heads, terms, weights)."""
-    def terms(x, y):
-        with models.autocast(args.device):
-            return {"ce": F.cross_entropy(net(evaluate.normalize(x, args.dataset)), y)}
-    return {}, terms, {"ce": 1.0}
-
-
-def make_student(student, teacher, outliers, images, labels, args):
-    """-> (heads, terms, generator) of the stage 'oal'; fresh heads depend on the seed alone.
-
-    teacher, outliers: None, or a frozen network and the tensors of outliers.pt on the device.
-    """
-    g = generator(args.seed, "oal")
-    make = peer_terms if args.peer else {"oal": oal_terms, "released": released_terms}[args.recipe]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(args.seed, "heads").initial_seed())
-        return *make(student, teacher, outliers, images, labels, args, g), g
-
-
-def oal_terms(student, teacher, outliers, images, labels, args, g):
-    """OAL's objective: cross-entropy + 4 KD(logits) + 16 KD(maps) + 1 MICL by default -> (heads, terms).
-
-    Without a teacher no distillation, without outliers no MICL; from a teacher of another shape, such as a ViT, KD of
-    its projected features, as released, in place of KD(maps).
-    """
-    heads = {}
-    if outliers:  # about 5,000 images of all classes, by which the lists are sorted
-        some = images[::max(1, len(images) // 5000)]
-        heads["critic"] = losses.MICL.start(*evaluate.outputs(student, some, args.dataset, args.device))
-    same_shape = isinstance(teacher, models.ResNet) and teacher.conv1.weight.shape == student.conv1.weight.shape
-    if teacher and not same_shape:
-        heads["projection"] = models.projection(teacher.fc.in_features, student.fc.in_features)
-
-    def terms(x, y):
-        n = len(x)
-        with models.autocast(args.device):
-            x = evaluate.normalize(x, args.dataset)
-            maps = student.lower(x)                                                       # [B, C, S/R, S/R]
-            if outliers:
-                # Latents join the batch half-way, so that they share its batch-norm statistics: in a pass of their own
-                # they teach the network to recognise the statistics. Under torchrun a process takes its share of them.
-                latents = synthesize.outlier_maps(maps, outliers, args.batch // 4, g, args.outliers)
-                latents = latents[args.rank::args.world].to(maps)                         # [M, C, S/R, S/R]
-                maps = torch.cat([maps, latents]).contiguous(memory_format=torch.channels_last)
-            features, later = student.upper(maps, return_maps=True)                       # [B + M, D], two stages' maps
-            logits = student.classify(features)                                           # [B + M, K]
-            if teacher:
-                with torch.no_grad():
-                    teacher_maps = teacher.lower(x)
-                    teacher_features, teacher_later = teacher.upper(teacher_maps, return_maps=True)
-                    teacher_logits = teacher.classify(teacher_features)
-
-        found = {"ce": F.cross_entropy(logits[:n], y)}
-        if teacher:
-            found["kd"] = losses.distill(logits[:n], teacher_logits)
-            if same_shape:
-                found["feat"] = losses.distill_maps([stage[:n] for stage in (maps, *later)],
-                                                    [teacher_maps, *teacher_later])
-            else:
-                found["feat"] = losses.distill(features[:n], heads["projection"](teacher_features))
+    def __init__(self, net, teacher, outliers, data, options):
+        super().__init__()
+        self.net, self.scale, self.outliers = net, (data.mean, data.std), outliers
+        self.w = {name: options[f"w_{name}"] for name in ("kd", "feat", "latent")}
+        self.teacher = self.projection = self.critic = None
+        self.noise = options["outliers"] == "noise"
+        if teacher is not None:
+            self.teacher = models.frozen(teacher, *self.scale)
+            first = getattr(getattr(teacher, "conv1", None), "weight", None)
+            if first is None or first.shape != net.conv1.weight.shape:
+                self.projection = models.projection(teacher.fc.in_features, net.fc.in_features)
         if outliers:
-            is_id = torch.arange(len(features), device=features.device) < n
-            found["latent"] = heads["critic"](logits, features, is_id)
-        return found
+            images, _ = data.splits["train"]
+            some = images[::max(1, len(images) // 5000)]  # of all classes, by which lists are sorted
+            self.critic = losses.MICL.start(*models.predict(net, some, *self.scale))
 
-    return heads, terms
+    def forward(self, x, y, g):
+        n, kd, feat, micl = len(y), 0.0, 0.0, 0.0
+        with models.autocast(x.device):
+            maps = self.net.lower(models.normalize(x, *self.scale))             # [B, C, S/R, S/R]
+            if self.critic:
+                # Latents join the batch, a quarter as many as images: in a pass of their own the
+                # network would learn to tell them by their batch-norm statistics.
+                draws = share(torch.rand(processes() * max(1, n // 4), 4, generator=g,
+                                         device=x.device))                      # [M, 4]
+                latents = synthesize.outlier_maps(maps, self.outliers, draws, g if self.noise else None)
+                maps = torch.cat([maps, latents.to(maps)])                      # [B + M, C, S/R, S/R]
+                maps = maps.contiguous(memory_format=torch.channels_last)
+            features, later = self.net.upper(maps, return_maps=True)            # [B + M, D]
+            logits = self.net.classify(features)                                # [B + M, K]
+            if self.teacher:
+                teacher_logits, teacher_features, teacher_maps = self.teacher(x)
+        ce = F.cross_entropy(logits[:n], y)
+        if self.teacher:
+            kd = losses.distill(logits[:n], teacher_logits)
+        if self.teacher and self.projection:
+            feat = losses.distill(features[:n], self.projection(teacher_features))
+        elif self.teacher:
+            feat = losses.distill_maps([stage[:n] for stage in (maps, *later)], teacher_maps)
+        if self.critic:
+            is_id = torch.arange(len(logits), device=x.device) < n
+            micl = self.critic(logits, features, is_id)
+        loss = ce + self.w["kd"] * kd + self.w["feat"] * feat + self.w["latent"] * micl
+        return loss, {"ce": ce, "kd": kd, "feat": feat, "latent": micl}
 
 
-def released_terms(student, teacher, outliers, images, labels, args, g):
-    """The losses of the paper's code (HengGao12/OAL, openood/trainers/oal_trainer.py) -> (heads, terms), in float32.
+class Released(nn.Module):
+    """The losses of the paper's code (HengGao12/OAL, openood/trainers/oal_trainer.py), in float32.
 
-    Outliers are drawn without regard to the images, and both CLUBs share the network's optimiser, which moves q down
-    the bound. The second has a deeper mean net (openood/losses/deep_mi_loss.py).
+    Outliers are drawn without regard to the images, and both CLUBs share the network's optimiser,
+    which moves q down the bound. The second has a deeper mean net (openood/losses/deep_mi_loss.py).
     """
-    heads, dim = {}, student.fc.in_features
-    if teacher:
-        heads["projection"] = models.projection(teacher.fc.in_features, dim)
-    outliers = outliers and {**outliers, "latent": outliers.get("released", outliers.get("latent"))}
-    for kind, deeper in (("boundary", ()), ("latent", (32, 16))):
-        if kind in args.weights:
-            heads[kind] = losses.CLUB(outliers[kind].shape[1], dim, 512, deeper)
 
-    def terms(x, y):
-        x = evaluate.normalize(x, args.dataset)
-        logits, features = student(x, return_feature=True)                                # [B, K], [B, D]
-        found = {"ce": F.cross_entropy(logits, y)}
-        if teacher:
-            with torch.no_grad():
-                teacher_logits, teacher_features = teacher(x, return_feature=True)
-            found["kd"] = losses.distill(logits, teacher_logits)
-            found["feat"] = losses.distill(features, heads["projection"](teacher_features))
-        for kind in ("boundary", "latent"):
-            if kind in heads:
-                drawn = draw(outliers[kind], len(y), args, g, replacement=False)          # [B, O]
-                found[kind] = losses.micl_released(heads[kind], drawn, features)
-        return found
+    def __init__(self, net, teacher, outliers, data, options):
+        super().__init__()
+        self.net, self.scale, self.outliers = net, (data.mean, data.std), outliers or {}
+        self.w = {name: options[f"w_{name}"] for name in ("kd", "feat", "boundary", "latent")}
+        self.teacher = self.boundary = self.latent = None
+        dim = net.fc.in_features
+        if teacher is not None:
+            self.teacher = models.frozen(teacher, *self.scale)
+            self.projection = models.projection(teacher.fc.in_features, dim)
+        if self.w["boundary"]:
+            self.boundary = losses.CLUB(outliers["boundary"].shape[1], dim, 512)
+        if self.w["latent"]:
+            self.released = outliers.get("released", outliers["latent"])
+            self.latent = losses.CLUB(self.released.shape[1], dim, 512, deeper=(32, 16))
 
-    return heads, terms
-
-
-def peer_terms(student, teacher, outliers, images, labels, args, g):
-    """Two peers: LogitNorm alone, or cross-entropy and VOS's loss against Gaussian outliers in the start's features."""
-    heads = {}
-    if args.peer == "vos":
-        heads["vos"] = losses.VOS(student.fc.out_features)
-        features = evaluate.outputs(student, images, args.dataset, args.device)[1]        # of the start
-        gaussian = synthesize.gaussian_outliers(features, labels.cpu(), args.per_class,
-                                                generator(args.seed, "synthesize")).to(args.device)
-
-    def terms(x, y):
-        with models.autocast(args.device):
-            logits = student(evaluate.normalize(x, args.dataset))
-        if args.peer == "logitnorm":
-            return {"logitnorm": losses.logit_norm(logits, y)}
-        outlier_logits = student.classify(draw(gaussian, len(y), args, g, replacement=True))
-        return {"ce": F.cross_entropy(logits, y), "vos": heads["vos"](logits, outlier_logits)}
-
-    return heads, terms
+    def forward(self, x, y, g):
+        n, kd, feat, boundary, latent = len(y), 0.0, 0.0, 0.0, 0.0
+        logits, features = self.net(models.normalize(x, *self.scale), return_feature=True)
+        ce = F.cross_entropy(logits, y)
+        if self.teacher:
+            teacher_logits, teacher_features, _ = self.teacher(x)
+            kd = losses.distill(logits, teacher_logits)
+            feat = losses.distill(features, self.projection(teacher_features))
+        if self.boundary:
+            drawn = draw(self.outliers["boundary"], n, g)                       # [B, O]
+            boundary = losses.micl_released(self.boundary, drawn, features)
+        if self.latent:
+            latent = losses.micl_released(self.latent, draw(self.released, n, g), features)
+        loss = (ce + self.w["kd"] * kd + self.w["feat"] * feat
+                + self.w["boundary"] * boundary + self.w["latent"] * latent)
+        return loss, {"ce": ce, "kd": kd, "feat": feat, "boundary": boundary, "latent": latent}
 
 
-def draw(outliers, n, args, g, replacement):
-    """n random rows of outliers [M, D] -> [n, D]; without replacement none comes again before all have come.
+class VOS(nn.Module):
+    """A peer: cross-entropy + 0.1 VOS against Gaussian outliers in the start's features."""
 
-    A process takes its share of a whole batch's draws: so all stay in step.
+    def __init__(self, net, data, options):
+        super().__init__()
+        self.net, self.scale = net, (data.mean, data.std)
+        self.vos = losses.VOS(net.fc.out_features)
+        images, labels = data.splits["train"]
+        _, features = models.predict(net, images, *self.scale)
+        outliers = synthesize.gaussian_outliers(features, labels.cpu(), options["per_class"],
+                                                generator(options["seed"], "synthesize"))
+        self.outliers = outliers.to(images.device)                              # [M, D]
+
+    def forward(self, x, y, g):
+        with models.autocast(x.device):
+            logits = self.net(models.normalize(x, *self.scale))
+        chosen = torch.randint(len(self.outliers), (processes() * len(y),), generator=g,
+                               device=x.device)
+        outlier_logits = self.net.classify(self.outliers[share(chosen)])
+        ce, vos = F.cross_entropy(logits, y), self.vos(logits, outlier_logits)
+        return ce + 0.1 * vos, {"ce": ce, "vos": vos}
+
+
+def student_objective(student, teacher, outliers, data, options):
+    """The objective of the recipe or peer; the fresh weights of its other parts depend on the seed."""
+    teacher = teacher if distils(options) else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(options["seed"], "heads").initial_seed())
+        if options["peer"]:
+            return VOS(student, data, options)
+        kind = {"oal": OAL, "released": Released}[options["recipe"]]
+        return kind(student, teacher, outliers, data, options)
+
+
+def distils(options):
+    return bool(options["w_kd"] or options["w_feat"])
+
+
+def needs_outliers(options):
+    return bool(options["w_latent"] or options["w_boundary"])
+
+
+def draw(outliers, n, g):
+    """n random rows of outliers [M, D] -> [n, D]; none repeats before all have been used."""
+    wanted, orders = processes() * n, []
+    while sum(map(len, orders)) < wanted:
+        orders.append(torch.randperm(len(outliers), generator=g, device=outliers.device))
+    return outliers[share(torch.cat(orders)[:wanted])]
+
+
+# --- The loop. ------------------------------------------------------------------------------------
+
+
+def train(stage, objective, data, run):
+    """Trains objective.net and the objective's other parts in place for the stage of that name.
+
+    By SGD, a ViT by Adam, with a cosine per step to 0. With --recipe released, and for a ViT, the
+    network ends as that of its best epoch on the validation images. After each epoch, in a small set
+    after several, and where SIGINT or SIGTERM comes, checkpoint.pt is saved: a resumed run goes on
+    from there.
     """
-    m = len(outliers)
-    pick = (torch.randint(m, (args.batch,), generator=g) if replacement else
-            torch.randperm(m, generator=g)[torch.arange(args.batch) % m])
-    return outliers[pick[args.rank::args.world][:n].to(outliers.device)]
-
-
-# --- The loop. -------------------------------------------------------------------------------------------------------
-
-
-def train(stage, net, heads, terms, weights, images, labels, args, g, val=None, keep=True):
-    """Trains `net` and its heads in place for one stage, 'ce', 'teacher' or 'oal'; adds the time taken to args.seconds.
-
-    By SGD, a ViT by Adam, with a cosine per step to 0.
-    images uint8 [N, 3, S, S] and labels int64 [N] on args.device. The loss is the sum over weights {term: weight} of
-    what terms(x, y) returns. g: the stage's generator, which terms may share. With val (images, labels) the network
-    ends as that of its best epoch on them. With `keep` checkpoint.pt is saved after each epoch, in a single process
-    also at the step where SIGINT or SIGTERM comes, and a stage that it holds goes on from there.
-    """
-    epochs = getattr(args, f"{stage}_epochs")
-    net.to(args.device, memory_format=torch.channels_last).train()
-    net.source = f"the network of stage {stage} in {args.out}"  # no longer that of the file it started from
-    heads = torch.nn.ModuleDict(heads).to(args.device).train()
-    if isinstance(net, models.ViT):
-        body = [net.class_token, *net.conv_proj.parameters(), *net.encoder.parameters()]
-        groups = [{"params": body, "lr": args.teacher_lr},
-                  {"params": list(net.fc.parameters()), "lr": args.teacher_head_lr}]
-        optimizer = torch.optim.Adam(groups)
-    else:
-        rate = args.oal_lr if stage == "oal" else CE["lr"] * args.batch / 128
-        groups = [{"params": list(net.parameters())}, *({"params": list(head.parameters()), **HEADS.get(name, {})}
-                                                         for name, head in heads.items())]
-        optimizer = torch.optim.SGD(groups, **{**CE, "lr": rate})
-    per_epoch = (len(images) - 2 * args.world) // args.batch + 1  # a rest too small for batch-norm is left out
+    options, net, (images, labels) = run.options, objective.net, data.splits["train"]
+    net.requires_grad_()
+    models.to_device(objective, images.device).train()
+    batch = min(options["batch"], len(images))
+    per_epoch = (len(images) - 2 * processes()) // batch + 1  # a rest too small for batch-norm is left out
+    epochs = options["epochs"] or max(options[f"{stage}_epochs"], math.ceil(MIN_STEPS / per_epoch))
     steps, step, order, best = epochs * per_epoch, 0, None, {"accuracy": -1.0}
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
-    state = dict(net=net, heads=heads, optimizer=optimizer, schedule=schedule)
-    saved = load_checkpoint(args.out / "checkpoint.pt") if keep else {}
+    period = per_epoch * math.ceil(CHECKPOINT_STEPS / per_epoch)
+    rate = options["oal_lr"] if stage == "oal" else SGD["lr"] * batch / 128
+    optimizer = optimizer_for(objective, rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
+    g = generator(options["seed"], stage, images.device)
+    state = dict(objective=objective, optimizer=optimizer, schedule=schedule)
+    saved = load_checkpoint(run.out) if run.out else {}
     if saved.get("stage") == stage:
         for name, part in state.items():
             part.load_state_dict(saved[name])
         g.set_state(saved["generator"])
-        step, order, best = saved["step"], saved["order"], saved["best"]
+        step, order, best = saved["step"], saved["order"].to(images.device), saved["best"]
+    engine = parallel(objective, images.device)
 
-    signals = []
+    begun, unread = time.perf_counter(), []  # losses of the last steps: to read them is to wait
+    with noted_signals(run.out and processes() == 1) as signals:
+        while step < steps and not signals:
+            i = step % per_epoch
+            if i == 0:
+                order = torch.randperm(len(images), generator=g, device=images.device)
+            index = order[i * batch:(i + 1) * batch]
+            x, y = share(augment(images[index], options["crop"], g)), share(labels[index])
+            loss, terms = engine(x, y, g)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
 
-    def noted(number, frame):
-        signals.append(number)
-        signal.signal(number, handlers[number])  # a second one ends the run at once
-
-    # Under torchrun the processes would stop at different steps: there the first signal ends all, without a checkpoint.
-    handlers = {number: signal.signal(number, noted) for number in (signal.SIGINT, signal.SIGTERM)
-                if keep and args.world == 1}
-    begun, unread = time.perf_counter(), []  # terms of the last steps: to read them is to wait for the device
-    while step < steps:
-        i = step % per_epoch
-        if i == 0:
-            order = torch.randperm(len(images), generator=g)
-        index = order[i * args.batch:(i + 1) * args.batch].to(args.device)
-        x, y = augment(images[index], args.crop, g)[args.rank::args.world], labels[index][args.rank::args.world]
-        found = {name: value for name, value in terms(x, y).items() if name in weights}
-        loss = sum(weights[name] * value for name, value in found.items())
-        optimizer.zero_grad()
-        loss.backward()
-        if args.world > 1:  # every process holds a slice of the batch, and all step by the mean of their gradients
-            for p in (p for group in groups for p in group["params"] if p.grad is not None):
-                dist.all_reduce(p.grad)
-                p.grad /= args.world
-        optimizer.step()
-        schedule.step()
-        step += 1
-
-        unread.append(torch.stack([value.detach() for value in (*found.values(), loss)]))
-        ends = i + 1 == per_epoch
-        if not (ends or signals or step % 100 == 0):
-            continue
-        values, elapsed = torch.stack(unread), time.perf_counter() - begun                # [<= 100, terms and sum]
-        for t, row in enumerate(values.tolist(), step - len(values)):
-            if not all(map(math.isfinite, row)):
-                shown = ", ".join(f"{name} {value}" for name, value in zip([*found, "sum"], row))
-                evaluate.fail(f"the loss is not finite at {stage} step {t}: {shown}; lower a --w-* weight")
-        args.seconds[stage] += elapsed
-        if args.rank == 0:
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in zip(found, values.mean(0).tolist()))
-            print(f"{stage}: epoch {(step - 1) // per_epoch + 1}/{epochs}, step {i + 1}/{per_epoch}, {shown}, "
-                  f"{len(values) * args.batch / elapsed:.0f} images/s, {(steps - step) * elapsed / len(values):.0f} s "
-                  "left", flush=True)
-        if ends and val:
-            predicted = evaluate.outputs(net, val[0], args.dataset, args.device)[0].argmax(1)
-            accuracy = (predicted == val[1]).double().mean().item()
-            if accuracy >= best["accuracy"]:
-                best = {"accuracy": accuracy, "net": {key: value.clone() for key, value in net.state_dict().items()}}
-            net.train()
-        if keep and (ends or signals):
-            save_checkpoint({"stage": stage, "step": step, "order": order, "best": best, "generator": g.get_state(),
-                             **{name: part.state_dict() for name, part in state.items()}}, args)
+            terms = {name: term for name, term in terms.items() if torch.is_tensor(term)}
+            unread.append(torch.stack([term.detach() for term in (*terms.values(), loss)]))
+            period_ends = step % period == 0 or step == steps
+            if not (period_ends or signals or step % 100 == 0):
+                continue
+            read, elapsed = torch.stack(unread).tolist(), time.perf_counter() - begun
+            check_losses(stage, step - len(read), [*terms, "sum"], read)
+            run.seconds[stage] += elapsed
+            if is_first() and run.out:
+                means = [sum(column) / len(read) for column in zip(*read)]
+                shown = "  ".join(f"{name} {mean:.3f}" for name, mean in zip(terms, means))
+                print(f"{stage}: epoch {(step - 1) // per_epoch + 1}/{epochs}, step {i + 1}/{per_epoch}"
+                      f", {shown}, {len(read) * batch / elapsed:.0f} images/s, "
+                      f"{(steps - step) * elapsed / len(read):.0f} s left", flush=True)
+            if period_ends and (options["recipe"] == "released" or isinstance(net, models.ViT)):
+                best = better(best, net, data, exact=isinstance(objective, Released))
+            if run.out and (period_ends or signals):
+                save_checkpoint(run, {
+                    "stage": stage, "step": step, "order": order, "best": best,
+                    "generator": g.get_state(), **{name: part.state_dict() for name, part in state.items()}})
+            begun, unread = time.perf_counter(), []
         if signals:
-            print(f"stopped at {stage} step {step}: go on by the same command and --resume", file=sys.stderr)
-            raise SystemExit(128 + signals[0])
-        begun, unread = time.perf_counter(), []
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if val:
+            print(f"stopped at {stage} step {step}: go on by the same command and --resume",
+                  file=sys.stderr)
+    if "net" in best:
         net.load_state_dict(best["net"])
+    elif steps < 2 * MIN_STEPS:
+        models.renew_statistics(net, images, data.mean, data.std)
 
 
-# --- Files of args.out, each written whole or not at all by the first process, which the others wait for. ------------
+def optimizer_for(objective, rate):
+    """SGD over the objective's parts, each by its own settings (PARTS); Adam for a ViT."""
+    if isinstance(objective.net, models.ViT):
+        head = list(objective.net.fc.parameters())
+        body = [p for name, p in objective.net.named_parameters() if not name.startswith("heads.")]
+        return torch.optim.Adam([{"params": body, "lr": VIT["lr"]},
+                                 {"params": head, "lr": VIT["head_lr"]}])
+    groups = [{"params": list(part.parameters()), **PARTS.get(name, {})}
+              for name, part in objective.named_children()]
+    return torch.optim.SGD(groups, **{**SGD, "lr": rate})
 
 
-def wait(args):
-    """Under torchrun, until every process has come here."""
-    if args.world > 1:
+def augment(images, pad, g):
+    """uint8 [B, 3, S, S] -> the same shape: random crop after zero-padding, random flip."""
+    b, size, device = len(images), images.shape[-1], images.device
+    top, left, flip = (torch.randint(high, (b, 1), generator=g, device=device)
+                       for high in (2 * pad + 1, 2 * pad + 1, 2))
+    span = torch.arange(size, device=device)
+    rows, cols = top + span, left + torch.where(flip == 1, size - 1 - span, span)      # [B, S] each
+    padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)               # [B, S + 2 pad, S + 2 pad, 3]
+    image = torch.arange(b, device=device)[:, None, None]
+    return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def check_losses(stage, first, names, rows):
+    """Ends the program at the first step whose losses are not all finite."""
+    for step, row in enumerate(rows, first):
+        if not all(map(math.isfinite, row)):
+            shown = ", ".join(f"{name} {value}" for name, value in zip(names, row))
+            fail(f"the loss is not finite at {stage} step {step}: {shown}; lower a --w-* weight, or "
+                 "add images if the training set is small")
+
+
+def better(best, net, data, exact):
+    """`best`, or the network as it is now if its validation accuracy is as high or higher."""
+    images, labels = data.splits["val"]
+    predicted = models.predict(net, images, data.mean, data.std, exact)[0].argmax(1)
+    accuracy = (predicted == labels).double().mean().item()
+    if accuracy < best["accuracy"]:
+        return best
+    return {"accuracy": accuracy, "net": {key: value.clone() for key, value in net.state_dict().items()}}
+
+
+@contextlib.contextmanager
+def noted_signals(active):
+    """-> a list to which SIGINT and SIGTERM are added; a second signal acts at once.
+
+    After the block the first of them ends the program. Under torchrun, which stops its processes at
+    different steps, and outside the main thread signals act as always.
+    """
+    signals, handlers = [], {}
+
+    def note(number, frame):
+        signals.append(number)
+        signal.signal(number, handlers[number])
+    try:
+        if active and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, note)
+        yield signals
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if signals:
+        raise SystemExit(128 + signals[0])
+
+
+def generator(seed, stage, device="cpu"):
+    """A stage's only source of randomness, whether or not earlier stages ran in this process."""
+    stages = ("weights", "ce", "synthesize", "oal", "teacher", "heads")
+    return torch.Generator(device).manual_seed(10 * seed + stages.index(stage))
+
+
+# --- Processes: torchrun starts several, each for its share of every batch. -----------------------
+
+
+def join_processes(device):
+    """Joins the processes of torchrun, if it is at work -> the device of this one."""
+    try:
+        rank, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+        if not 0 <= rank < world:
+            raise ValueError(f"RANK {rank} of WORLD_SIZE {world}")
+        if world > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torch.distributed delays Python's handlers
+            if device == "cuda":
+                device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(device)
+            # Hours, for the first process to download and draw while the others wait.
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                                    timeout=timedelta(hours=4))
+    except (ValueError, KeyError, RuntimeError) as problem:  # torch's own: RuntimeError
+        fail(f"the processes cannot be started ({str(problem).splitlines()[0]}): start them by "
+             "torchrun, one for a GPU")
+    return torch.device(device)
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait():
+    """Until every process has come here."""
+    if dist.is_initialized():
         dist.barrier()
 
 
-def save(content, args, name):
-    """A dict, its tensors brought to the CPU: a network's state_dict, outliers, a checkpoint."""
-    wait(args)  # none is still looking whether the file is there
-    if args.rank == 0:
-        evaluate.write(args.out / name, {key: v.cpu() if torch.is_tensor(v) else v for key, v in content.items()})
-    wait(args)
+def share(rows):
+    """This process's rows of [B, ...], as many as every other's."""
+    if not dist.is_initialized():
+        return rows
+    return rows[dist.get_rank()::processes()][:len(rows) // processes()]
 
 
-def save_checkpoint(state, args):
-    """What a resumed run goes on from, and what it must be the same in."""
-    save({"options": args.options, "images": args.digest, "seconds": args.seconds, **state}, args, "checkpoint.pt")
+def parallel(objective, device):
+    """The objective, under torchrun as a module whose gradients are means over the processes."""
+    if not dist.is_initialized():
+        return objective
+    if device.type == "cuda":
+        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    return DistributedDataParallel(objective)
 
 
-def load_checkpoint(path):
-    """What save_checkpoint or claim wrote; ends the program where it is something else."""
+# --- Inputs and files. ----------------------------------------------------------------------------
+
+
+def load_inputs(args, device):
+    """What a run begins with -> (data, start, teacher, outliers), checked before any training.
+
+    The training images are on the device. teacher: None where nothing needs it, fresh weights where
+    it is still to be trained. outliers: the tensors of a file given by --outliers, else None.
+    """
+    options = args.options
+    if not is_first():
+        wait()  # the first process downloads and decodes, the others read what it has left
+    data = evaluate.load_set(args.dataset, args.data_root, args.size, None, args.ood)
+    images, labels = data.splits["train"]
+    classes = len(data.classes)
+    if labels.bincount(minlength=classes).min() < 2:
+        fail(f"the training set of {data.name} is too small: each class needs 2 images")
+    most = 1 if args.benchmark else min(options["batch"], len(images)) // 4
+    if processes() > most:
+        fail(f"{processes()} processes are too many: --benchmark takes 1, this run {most} at most")
+    start = build(options, classes, device)
+    if args.ce:
+        start = models.load_network(args.ce, classes, args.arch, args.size)
+    teacher = None
+    if args.teacher == "vit_b_16":
+        teacher = models.load_imagenet_vit(classes, args.data_root)
+    elif args.teacher:
+        teacher = models.load_network(args.teacher, classes, size=args.size)
+    elif distils(options):
+        teacher = build(options, classes, device)
+    used = distils(options) or isinstance(teacher, models.ViT) and needs_outliers(options)
+    outliers = None
+    if args.outliers not in ("diffusion", "noise"):
+        outliers = synthesize.read_outliers(args.outliers, start, args.size)
+    if is_first():
+        if data.missing():
+            print(f"missing, and left out of the means: {', '.join(data.missing())}", flush=True)
+        wait()
+    data.splits["train"] = images.to(device), labels.to(device)
+    data = data._replace(mean=data.mean.to(device), std=data.std.to(device))
+    return (data, models.to_device(start, device),
+            models.to_device(teacher, device) if used else None, outliers)
+
+
+def build(options, classes, device):
+    """A network of the run's arch, whose fresh weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(options["seed"], "weights").initial_seed())
+        net = models.build(options["arch"], classes, options["size"])
+    return models.to_device(net, device)
+
+
+def claim(args, data):
+    """Takes the folder --out for this run alone -> its Run.
+
+    checkpoint.pt is created here, which only one of several runs begun at once can do. A killed run
+    leaves it for --resume, which needs the same options and images.
+    """
+    images, labels = (part.cpu().contiguous().numpy().data for part in data.splits["train"])
+    run = Run(args.options, zlib.crc32(labels, zlib.crc32(images)), args.out,
+              {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0})
+    path = args.out / "checkpoint.pt"
+    if args.resume and path.exists():
+        saved = load_checkpoint(args.out)
+        names = {**saved["options"], **run.options}
+        other = [name for name in names if saved["options"].get(name, "-") != run.options.get(name, "-")]
+        if other:
+            fail(f"{args.out} holds a run with other options ({', '.join(other)}): resume by the same "
+                 "command")
+        if saved["digest"] != run.digest:
+            fail(f"{args.out} holds a run with other training images: bring them back, or name another "
+                 "--out")
+        return run._replace(seconds=saved["seconds"])
+    held = sorted(file.name for kind in ("*.pt", "results.json") for file in args.out.glob(kind))
+    wait()  # until every process has looked
+    if is_first() and not held:
+        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            path.open("x").close()
+            save_checkpoint(run, {"stage": "claim"})
+        except FileExistsError:  # a run that began at the same moment was faster
+            held = ["checkpoint.pt"]
+        except OSError:  # a full disk
+            path.unlink()
+            raise
+    if held:
+        resume = ", or go on with --resume" if "checkpoint.pt" in held else ""
+        fail(f"{args.out} holds another run's {', '.join(held)}: name another folder with --out{resume}")
+    wait()
+    return run
+
+
+def save_checkpoint(run, state):
+    if is_first():
+        evaluate.write(run.out / "checkpoint.pt", {"options": run.options, "digest": run.digest,
+                                                   "seconds": run.seconds, **state})
+
+
+def load_checkpoint(out):
+    """What save_checkpoint wrote; ends the program where checkpoint.pt is something else."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if {"options", "images", "seconds", "stage"} <= saved.keys():
+        saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if {"options", "digest", "seconds", "stage"} <= saved.keys():
             return saved
     except Exception:  # cut short, or another program's
         pass
-    evaluate.fail(f"{path} is not a checkpoint of this program: remove it, or name another folder with --out")
+    fail(f"{out / 'checkpoint.pt'} is not a checkpoint of this program: remove it, or name another "
+         "folder with --out")
 
 
-def load_weights(net, args, name):
-    """A network from its saved state_dict: the same in every process, whether trained here or in an earlier run."""
-    net.source = args.out / name
-    net.load_state_dict(torch.load(net.source, map_location="cpu", weights_only=True))
-    return net.to(args.device, memory_format=torch.channels_last).eval()
+def save_network(name, net, data, run, critic=None):
+    """Writes NAME.detector.pt and NAME.pt, in the first process; the others wait."""
+    wait()  # until every process has looked for the file
+    if is_first():
+        arch = "ViT" if isinstance(net, models.ViT) else run.options["arch"]
+        evaluate.write(run.out / f"{name}.detector.pt", evaluate.detector_of(net, arch, data, critic))
+        evaluate.write(run.out / f"{name}.pt", on_cpu(net.state_dict()))
+    wait()
 
 
-# --- Speed. ----------------------------------------------------------------------------------------------------------
+def load_weights(net, path):
+    """The same weights in every process, whether trained in this run or an earlier one."""
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def benchmark(args, net, teacher, images, labels):
-    """Images per second of the bare network, of each kind of step and of the test pass -> the dict of benchmark.json.
+def save_outliers(start, teacher, outliers, data, run):
+    """Writes outliers.pt, given or made here, in the first process; the others wait."""
+    wait()
+    if is_first():
+        begun, options = time.perf_counter(), run.options
+        vit = teacher if isinstance(teacher, models.ViT) else None
+        outliers = outliers or synthesize.synthesize(
+            start, data, options["per_class"], options["diffusion_steps"],
+            generator(options["seed"], "synthesize", data.mean.device), vit)
+        run.seconds["synthesize"] = time.perf_counter() - begun
+        save_checkpoint(run, {"stage": "synthesize"})
+        evaluate.write(run.out / "outliers.pt", on_cpu(outliers))
+    wait()
 
-    Each is timed in this one run, three times in turn after a warm-up, and the best counts. A ratio is the time of our
-    step, of the recipe in full, over the sum of its bare parts, measured beside it: 1.0 is a step with no overhead.
+
+def on_cpu(tensors):
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def report(args, run, data, nets, teacher):
+    """Measures the networks {"ce", "oal"}, writes results.json, prints what it says."""
+    begun, found = time.perf_counter(), {}
+    for name, net in nets.items():
+        ref = evaluate.reference(net, data)
+        found[name], _ = evaluate.evaluate(net, data, list(evaluate.SCORES), ref)
+    seconds = {**run.seconds, "evaluate": time.perf_counter() - begun}
+    seconds["total"] = sum(seconds.values())
+    kind = teacher and f"{type(teacher).__name__} of {teacher.fc.in_features} features"
+    label = args.label
+    if isinstance(teacher, models.ViT) and "vit" not in label:
+        label += ", ViT teacher"
+    results = {**evaluate.describe("train.py", args, data), "arch": run.options["arch"],
+               "seed": run.options["seed"], "label": label, "options": run.options, "teacher": kind,
+               "seconds": seconds, "models": found}
+    evaluate.write(run.out / "results.json", json.dumps(results, indent=1))
+    print("\n".join([*evaluate.headline(results), "", *evaluate.tables([results])]))
+    print(f"written: {run.out / 'results.json'}")
+
+
+# --- Speed. ---------------------------------------------------------------------------------------
+
+
+def benchmark(out, options, data, net, teacher):
+    """Images per second of each kind of step -> prints and writes benchmark.json.
+
+    Each is timed four times in turn, and the best but the first counts. A ratio is the time of our
+    step over the sum of its bare parts, measured beside it: 1.0 is a step without overhead.
     """
-    n, args.ce_epochs, args.oal_epochs = min(10, len(images) // args.batch) * args.batch, 1, 1
-    images, labels = images[:n], labels[:n]
-    net, teacher = (one.to(args.device, memory_format=torch.channels_last).eval() for one in
-                    (net, teacher or build(args.arch, net.fc.out_features, args.seed, args.size)))
-    codec = synthesize.fit_codec(next(evaluate.stage2(net, images, args.dataset, args.device))[0])
-    outliers = {"boundary": torch.randn(200, net.fc.in_features, device=args.device),
-                "latent": torch.randn(200, len(codec["basis"]), device=args.device), **codec}
-    heads, terms, g = make_student(net, teacher, outliers, images, labels, args)
-    optimizer = torch.optim.SGD(net.parameters(), **CE)
-    x, y = evaluate.normalize(images[:args.batch], args.dataset), labels[:args.batch]
-    maps = net.lower(x[:args.batch // 4]).detach()
+    options = {**options, "epochs": 1}
+    images, labels = data.splits["train"]
+    batch = min(options["batch"], len(images))
+    n = min(10, len(images) // batch) * batch
+    data = data._replace(splits={**data.splits, "train": (images[:n], labels[:n])})
+    teacher = teacher or build(options, len(data.classes), images.device)
+    codec = synthesize.fit_codec(next(models.feature_batches(net, images[:n], data.mean, data.std))[0])
+    outliers = {"boundary": torch.randn(200, net.fc.in_features, device=images.device),
+                "latent": torch.randn(200, len(codec["basis"]), device=images.device), **codec}
+    run = Run(options, 0, None, dict.fromkeys(("ce", "oal"), 0.0))
+    ce, oal = CrossEntropy(net, data), student_objective(net, teacher, outliers, data, options)
+    optimizer = torch.optim.SGD(net.parameters(), **SGD)
+    x, y = models.normalize(images[:batch], data.mean, data.std), labels[:batch]
+    with torch.no_grad():
+        maps = net.lower(x[:batch // 4])
 
-    def bare(forward, step=True):
-        for _ in range(n // args.batch):
-            with models.autocast(args.device):
-                loss = forward()
-            if loss.requires_grad:
-                optimizer.zero_grad()
-                loss.backward()
-                if step:
-                    optimizer.step()
+    def bare(loss, step=True):
+        net.train()
+        for _ in range(n // batch):
+            optimizer.zero_grad()
+            with models.autocast(images.device):
+                value = loss()
+            value.backward()
+            if step:
+                optimizer.step()
 
-    parts = {"bare": lambda: bare(lambda: F.cross_entropy(net.train()(x), y)),
-             "teacher_forward": lambda: torch.no_grad()(bare)(lambda: teacher(x).mean()),
-             "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).mean(), step=False),  # half of a network
-             "ce_step": lambda: train("ce", net, *ce_terms(net, args), images, labels, args, g, keep=False),
-             "oal_step": lambda: train("oal", net, heads, terms, args.weights, images, labels, args, g, keep=False),
-             "test_pass": lambda: evaluate.outputs(net, images, args.dataset, args.device)}
+    def teach():
+        with torch.no_grad(), models.autocast(images.device):
+            for _ in range(n // batch):
+                teacher(x)
+
+    parts = {"bare": lambda: bare(lambda: F.cross_entropy(net(x), y)),
+             "teacher_forward": teach,
+             "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).mean(), step=False),
+             "ce_step": lambda: train("ce", ce, data, run),
+             "oal_step": lambda: train("oal", oal, data, run),
+             "test_pass": lambda: models.predict(net, images[:n], data.mean, data.std)}
     seconds = {name: [] for name in parts}
     for _ in range(4):
         for name, part in parts.items():
             begun = time.perf_counter()
             part()
-            if torch.device(args.device).type != "cpu":
-                torch.accelerator.synchronize()
+            if images.device.type != "cpu":
+                torch.accelerator.synchronize(images.device)
             seconds[name].append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
-    parts = best["bare"] + best["teacher_forward"] + best.pop("outliers") * (args.recipe == "oal")
-    return {"images_per_second": {name: n / best[name] for name in best},
-            "ratio": {"ce": best["ce_step"] / best["bare"], "oal": best["oal_step"] / parts}}
+    latents = best.pop("outliers") * (options["recipe"] == "oal")  # half of the network
+    bare_oal = best["bare"] + best["teacher_forward"] + latents
+    result = {"images_per_second": {name: n / spent for name, spent in best.items()},
+              "ratio": {"ce": best["ce_step"] / best["bare"], "oal": best["oal_step"] / bare_oal}}
+    evaluate.write(out / "benchmark.json", json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+
+
+# --- Command line. --------------------------------------------------------------------------------
+
+
+def parse_args():
+    """-> the arguments, not changed any more; args.options decide the weights."""
+    parser = evaluate.common_parser(__doc__)
+    parser.add_argument("--ood", nargs="+", action="extend", default=[], metavar="FOLDER",
+                        help="folders of your own OOD images")
+    parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
+    parser.add_argument("--seed", type=evaluate.SEED, default=0)
+    parser.add_argument("--arch", choices=models.ARCHS, help="resnet_tiny on shapes, else resnet18")
+    parser.add_argument("--epochs", type=evaluate.POSITIVE, help="of each stage (the arch's own)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
+    parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network")
+    parser.add_argument("--teacher", metavar="{vit_b_16,FILE}", help="distil from this network; one of "
+                        "the student's arch must have grown from --ce, since maps are matched unit "
+                        "by unit; vit_b_16: torchvision's ViT-B/16, fine-tuned here; a ViT's "
+                        "features are also where the boundary is found")
+    parser.add_argument("--recipe", choices=RECIPES, default="oal", help="released: the paper's code")
+    parser.add_argument("--peer", choices=["vos"], help="train the student by this method instead")
+    parser.add_argument("--outliers", default="diffusion", metavar="{diffusion,noise,FILE}",
+                        help="noise: Gaussian noise in place of latents; FILE: an outliers.pt that "
+                        "was made from the same --ce")
+    for name in RECIPES["oal"]:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.FINITE,
+                            help="weight of the term; 0 leaves it out")
+    args = parser.parse_args()
+    evaluate.check_common(args)
+    args.arch = args.arch or ("resnet_tiny" if args.dataset == "shapes" else "resnet18")
+    weights = [name for name in RECIPES["oal"] if getattr(args, name) is not None]
+    other = weights or args.benchmark or args.recipe != "oal" or args.outliers != "diffusion"
+    if args.peer and other:
+        fail("--peer is another objective than OAL's: leave out --recipe, --w-*, --outliers and "
+             "--benchmark")
+    if args.recipe == "oal" and args.w_boundary:
+        fail("--w-boundary is for --recipe released: add that, or leave it out")
+    if args.recipe == "released" and args.outliers == "noise":
+        fail("--outliers noise is not for --recipe released, which sends no outlier through the "
+             "network")
+    brought = {**TIERS[args.arch], **RECIPES[args.recipe]}
+    if args.teacher == "vit_b_16":
+        brought["teacher_epochs"] = VIT["epochs"]
+    if args.peer:
+        brought |= dict.fromkeys(RECIPES["oal"], 0.0)
+    options = {name: getattr(args, name) for name in
+               ("dataset", "size", "seed", "arch", "epochs", "ce", "teacher", "recipe", "peer", "outliers")}
+    options |= brought | {name: getattr(args, name) for name in weights}
+    args.options = options
+    # A row's name in tables: what is not the default. Files and seeds make no other row.
+    shown = {"recipe": "oal", "peer": None, "epochs": None, "outliers": "diffusion", "teacher": None,
+             **brought}
+    named = [name for name in ("recipe", "peer", "epochs", "teacher", "outliers", *weights)
+             if options[name] != shown[name]
+             and (name not in ("teacher", "outliers") or options[name] in ("vit_b_16", "noise"))]
+    words = [f"--{name.replace('_', '-')} {options[name]:g}" if isinstance(options[name], float) else
+             f"--{name} {options[name]}" for name in named]
+    args.label = f"`{' '.join(words)}`" if words else "OAL"
+    args.out = Path(args.out or f"runs/{os.path.basename(os.path.abspath(args.dataset))}")
+    return args
 
 
 if __name__ == "__main__":
