@@ -473,7 +473,7 @@ def knn(logits, features, ref, k=50, megabytes=256):
     half = bank.square().sum(1) / 2                           # |q - b|^2 = |q|^2 + 2 (half - q b)
     rows = max(1, megabytes * 2 ** 20 // (4 * len(bank)))
     kth = []
-    for chunk in queries.split(rows):
+    for chunk in models.progress("chunks of nearest neighbours", queries.split(rows)):
         gaps = torch.addmm(half, chunk, bank.T, alpha=-1)     # [rows, M]
         kth.append(gaps.topk(min(k, len(bank)), largest=False, sorted=False)[0].amax(1))
     return -(queries.square().sum(1) + 2 * torch.cat(kth)).clamp_min(0).sqrt()

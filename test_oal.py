@@ -781,26 +781,30 @@ def test_images_that_are_all_alike_are_an_error(value, noise, monkeypatch, capsy
     assert status == 2 and "all alike" in error and error.count("\n") == 1
 
 
-def shrinkage(variance, steps):
-    """DDIM draws of a Gaussian from unit noise: their standard deviation, a product over the steps."""
-    times, std = torch.linspace(1, 0, steps + 1).double() * math.pi / 2, 1.0
-    for now, then in zip(times[:-1], times[1:]):
-        std *= ((then.cos() * now.cos() * variance + then.sin() * now.sin())
-                / (now.cos() ** 2 * variance + now.sin() ** 2)).item()
-    return std
+def drawn_gaussian(mean, variance, steps):
+    """What draw_latents makes of a Gaussian's noise, mean + std * noise, step by step -> (mean, std)."""
+    step, z, before = math.pi / 2 / steps, torch.tensor([0.0, 1.0]).double(), None
+    for i in range(steps):
+        angle = math.pi / 2 - i * step
+        alpha, sigma = math.cos(angle), math.sin(angle)
+        centred = z - torch.tensor([alpha * mean, 0])                  # of the line's offset and slope
+        spread = alpha ** 2 * variance + sigma ** 2
+        v = alpha * sigma * (1 - variance) / spread * centred - torch.tensor([sigma * mean, 0])
+        z, before = z - step * (v if before is None else 1.5 * v - 0.5 * before), v
+    return z.tolist()
 
 
-def test_ddim_of_a_gaussian_in_closed_form():
+def test_latents_of_a_gaussian_in_closed_form():
     """A Denoiser that has learned nothing knows the latents' means and variances: each step is a line."""
     mean, variance = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.05, 1.0, 4.0])
     net, conds = synthesize.Denoiser(mean, variance, 2, width=8), torch.randn(1500, 2, generator=rng(1))
-    for steps in (1, 20, 200):
-        drawn = synthesize.ddim(net, conds, rng(2), steps=steps)
+    for steps, within in ((1, 9.0), (20, 0.05), (200, 0.002)):
+        drawn = synthesize.draw_latents(net, conds, rng(2), steps=steps)
         g = rng(2)
         noise = torch.cat([torch.randn(n, 3, generator=g) for n in (1024, 476)])
-        stds = torch.tensor([shrinkage(one, steps) for one in variance.tolist()])
-        assert torch.allclose(drawn, mean + stds * noise, atol=1e-4)
-    assert torch.allclose(stds, variance.sqrt(), rtol=0.02) and torch.allclose(drawn.mean(0), mean, atol=0.25)
+        means, stds = torch.tensor([drawn_gaussian(*pair, steps) for pair in zip(mean.tolist(), variance.tolist())]).T
+        assert torch.allclose(drawn, means + stds * noise, atol=1e-3)
+        assert torch.allclose(stds, variance.sqrt(), rtol=within) and torch.allclose(means, mean, rtol=within)
 
 
 @pytest.fixture
@@ -815,7 +819,7 @@ def one_thread():
 def test_diffusion_learns_a_gaussian(one_thread, monkeypatch):
     """z | c ~ N(A c, 0.5^2 I), |c| = 1: samples have that mean and spread under conditions the network has not seen.
 
-    Twenty steps of DDIM shrink a spread of 0.5 to 0.46. A network that ignored c would miss the means by 1 and have a
+    A network that ignored c would miss the means by 1 and have a
     spread of 0.9; one that did not know p(z) would have a variance of 0.2 without c.
     """
     monkeypatch.setattr(models, "autocast", lambda device: contextlib.nullcontext())   # float32 on every processor
@@ -826,13 +830,13 @@ def test_diffusion_learns_a_gaussian(one_thread, monkeypatch):
     net = synthesize.train_diffusion(latents, conds, 600, g, width=64, drop=0.5)
     for cond in ([0.6, -0.8], [-1.0, 0.0]):
         cond = torch.tensor(cond)
-        drawn = synthesize.ddim(net, cond.expand(1000, 2), rng(1), guidance=1)
+        drawn = synthesize.draw_latents(net, cond.expand(1000, 2), rng(1), guidance=1)
         assert (drawn.mean(0) - a @ cond).abs().max() < 0.25
-        assert (drawn.std(0) - shrinkage(0.25, 20)).abs().max() < 0.2
-    free = synthesize.ddim(net, cond.expand(1000, 2), rng(1), guidance=0)              # variance A A^T / 2 + 0.25
+        assert (drawn.std(0) - 0.5).abs().max() < 0.2
+    free = synthesize.draw_latents(net, cond.expand(1000, 2), rng(1), guidance=0)              # variance A A^T / 2 + 0.25
     assert free.mean(0).abs().max() < 0.3
     assert (free.var(0) - (a @ a.T).diag() / 2 - 0.25).abs().max() < 0.4
-    assert drawn.equal(synthesize.ddim(net, cond.expand(1000, 2), rng(1), guidance=1))
+    assert drawn.equal(synthesize.draw_latents(net, cond.expand(1000, 2), rng(1), guidance=1))
 
 
 # --- Stable Diffusion: a pipeline of v1's shape with random weights, 0.5 MB, saved and loaded as the real one is.
@@ -1790,9 +1794,9 @@ def test_a_step_of_the_student(monkeypatch):
 
 
 def test_outlier_maps():
-    """Each is a latent and its host's detail, both scaled at random."""
-    maps, n = torch.randn(40, 4, 16, 16, generator=rng()), 32
-    codec = synthesize.fit_codec(torch.randn(9, 4, 16, 16, generator=rng(3)))
+    """Each is a latent and its host's detail, both scaled at random, and like a real map nowhere below 0."""
+    maps, n = torch.randn(40, 4, 16, 16, generator=rng()) + 40, 32                         # too high to be cut at 0
+    codec = synthesize.fit_codec(torch.randn(9, 4, 16, 16, generator=rng(3)) + 40)
     outliers, draws = {"latent": torch.randn(9, 8, generator=rng(1)), **codec}, torch.rand(n, 4, generator=rng(2))
     drawn = synthesize.outlier_maps(maps, outliers, draws)
     codes, shape = synthesize.encode(drawn, outliers), maps.shape[1:]
@@ -1803,12 +1807,16 @@ def test_outlier_maps():
         assert parts.shape[0] == n and cosine.min() > 0.99 and len(which.unique()) > 4
         assert 0 <= ratio.min() < 0.3 and 1.7 < ratio.max() <= 2.001 and len(ratio.unique()) == n
     ends = synthesize.outlier_maps(maps, outliers, torch.tensor([[0.0] * 4, [1 - 2 ** -24] * 4]))  # the ends of 0..1
-    assert torch.allclose(synthesize.encode(ends, outliers)[1], 2 * outliers["latent"][8], atol=1e-3)
+    assert torch.allclose(synthesize.encode(ends, outliers)[1], 2 * outliers["latent"][8], atol=1e-2)
     noise = synthesize.outlier_maps(maps, outliers, draws, rng(4))
     other = {**outliers, "latent": outliers["latent"] + 1}
     assert synthesize.outlier_maps(maps, other, draws, rng(4)).equal(noise)                # noise knows no latents
     hosts = maps[(draws[:, 1] * 40).long()]
     assert abs((noise - hosts).std() / hosts.std() - 1) < 0.05
+    low = {**outliers, "mean": outliers["mean"] - 40}
+    free = synthesize.transplant(2 * draws[:, 2:3] * outliers["latent"][(draws[:, 0] * 9).long()], hosts - 40, low,
+                                 2 * draws[:, 3][:, None, None, None])
+    assert free.min() < 0 and torch.allclose(synthesize.outlier_maps(maps - 40, low, draws), free.relu(), atol=1e-4)
 
 
 def test_the_cuda_path_without_a_gpu(monkeypatch):
@@ -1866,7 +1874,7 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
             torch.zeros(1).to(cuda)
         assert copies                                                               # which the watch would have seen
         denoiser = synthesize.Denoiser(torch.zeros(5), torch.ones(5), 128).to(cuda)
-        assert synthesize.ddim(denoiser, torch.zeros(6, 128), None).device.type == "cuda"
+        assert synthesize.draw_latents(denoiser, torch.zeros(6, 128), None).device.type == "cuda"
         maps, features = next(models.feature_batches(net, images, data.mean, data.std))
         assert maps.device.type == features.device.type == synthesize.encode(maps, codec).device.type == "cuda"
         assert synthesize.kth_distance(features, features, 3).device.type == "cuda"

@@ -352,7 +352,7 @@ def train(stage, objective, data, run):
                   file=sys.stderr)
     if "net" in best:
         net.load_state_dict(best["net"])
-    elif steps < 2 * MIN_STEPS:
+    elif run.out and steps < 2 * MIN_STEPS:
         models.renew_statistics(net, images, data.mean, data.std)
 
 
