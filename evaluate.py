@@ -1,4 +1,4 @@
-"""The benchmark: image sets, scores, metrics, tables; and the detector that a trained network is.
+"""The benchmark: image sets, scores, metrics, tables; and the detector of a trained network.
 
     python evaluate.py runs/cifar100/student.pt --dataset cifar100 --data-root DIR   # all sets
     python evaluate.py runs/cifar100/ce.pt runs/cifar100/student.pt --dataset cifar100 \\
@@ -6,8 +6,8 @@
     python evaluate.py runs/photos/student.pt --flag FOLDER > flags.csv     # verdict per image
     python evaluate.py --collect runs/*/results.json                        # tables over seeds
 
-Lists, transform and metrics are those of OpenOOD v1.5 (arXiv 2306.09301). A score here is a
-confidence: higher = more in-distribution.
+Lists, transform and metrics are those of OpenOOD v1.5 (arXiv 2306.09301). A score is a confidence:
+higher = more in-distribution.
 """
 import argparse
 import csv
@@ -39,7 +39,7 @@ import losses
 import models
 from models import fail
 
-SIZE = 32
+SIZE, SIZES = 32, (32, 64, 128, 224)
 CIFAR_FAR = ("mnist", "svhn", "texture", "places365")
 SHAPE_FAR = ("noise", "stripes", "flat", "gradient", "blobs")
 # Names of the classes, in the order of their labels.
@@ -63,13 +63,17 @@ NAMED = {
                  ("cifar10", "tin"), CIFAR_FAR)}
 
 
+def note(message):
+    print(message, file=sys.stderr)
+
+
 def run(main):
-    """Runs a program; what a user or the machine can cause ends it in one line, without traceback."""
+    """Runs a program. What a user or the machine causes ends it with one line on stderr."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed
-    if hasattr(sys.stdout, "reconfigure"):            # a notebook's has no such method
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # odd file names
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         main()
         sys.stdout.flush()
@@ -79,34 +83,30 @@ def run(main):
         fail(f"{problem}: train it again, on more images or with a lower --w-* weight")
     except OSError as problem:
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)  # what a broken stdout still holds would fail again at exit
+        os.dup2(null, 1)  # else Python flushes a broken stdout again at exit
         if not isinstance(problem, BrokenPipeError):
             fail(problem)
         os.dup2(null, 2)
         raise SystemExit(141)
     except (MemoryError, RuntimeError) as problem:
-        says = f"{type(problem).__name__}: {problem}".lower()
-        words = ("memoryerror", "allocate memory", "out of memory", "alloc_failed", "bad_alloc",
+        words = ("MemoryError", "allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc",
                  "start new thread")
-        if not any(word in says for word in words):
+        if not any(word.lower() in repr(problem).lower() for word in words):
             raise
-        fail("no memory left: take a smaller --size or another --device; --resume goes on with a run")
+        fail("no memory left: take a smaller --size or another --device, and go on with --resume")
 
 
 def write(path, content):
-    """Writes a file whole or not at all: text, bytes, or anything else by torch.save.
-
-    An OSError names the file.
-    """
+    """Writes text, bytes, or another object by torch.save. An OSError leaves the old file whole."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     if isinstance(content, str):
         content = content.encode()
     elif not isinstance(content, bytes):
-        buffer = io.BytesIO()  # writing to a file, torch.save makes a RuntimeError of a full disk
+        buffer = io.BytesIO()  # torch.save to a file makes a RuntimeError of a full disk
         torch.save(content, buffer)
         content = buffer.getbuffer()
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -121,20 +121,20 @@ def write(path, content):
 
 # --- Images. --------------------------------------------------------------------------------------
 
-
 class ImageSet(NamedTuple):
     """An ID set and its OOD sets."""
     name: str
-    classes: list   # names, in the order of the labels
+    classes: list       # names, in the order of the labels
     mean: torch.Tensor  # [3], of the training images from 0 to 1
     std: torch.Tensor   # [3]
-    groups: dict    # {"near", "far", "yours": names of OOD sets}; "yours" is in no mean
-    splits: dict    # {"train", "val", "test" or an OOD set: (uint8 [N, 3, S, S], int64 [N])}
-    sources: dict   # {split: "list", "torchvision", "drawn" or "folder"}
+    groups: dict        # {"near", "far", "yours": names of OOD sets}; "yours" is in no mean
+    splits: dict        # {"train", "val", "test" or an OOD set: (uint8 [N, 3, S, S], int64 [N])}
+    sources: dict       # {split: "list", "torchvision", "drawn" or "folder"}
 
     def missing(self):
-        return [name for group in ("near", "far") for name in self.groups[group]
-                if name not in self.splits]
+        """Names of the benchmark's OOD sets that were not found."""
+        names = [*self.groups["near"], *self.groups["far"]]
+        return [name for name in names if name not in self.splits]
 
 
 def to_tensor(image, size=SIZE):
@@ -148,100 +148,106 @@ def to_tensor(image, size=SIZE):
     if resized.max() <= 32 * size:
         image = image.resize(resized.tolist(), Image.Resampling.BILINEAR)
         image = image.crop([*start, *(start + size)])
-    else:  # long and thin, resized it would fill the memory: the crop alone, within 1 of 255
+    else:  # long and thin: only the crop is computed, within 1 of 255, to save memory
         box = [*(start * sides / resized), *((start + size) * sides / resized)]
         image = image.resize((size, size), Image.Resampling.BILINEAR, box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def decode(paths, size=SIZE):
-    """Image files -> ([(path, uint8 [3, size, size])], {path: reason} of the unreadable)."""
-    brightest = []  # of each 16-bit file
+    """Image files -> (list of uint8 [3, size, size], {path: reason} of the unreadable files)."""
+    images, bad, brightest = [], {}, []  # the brightest pixel of each 16-bit image
 
     def read(path):
         if not os.path.isfile(path):
-            return "not a regular file"  # to open a named pipe would wait for ever
+            return "not a regular file"  # opening a named pipe would wait for ever
         try:
             with Image.open(path) as image:
                 if image.mode.startswith("I"):
-                    brightest.append(int(np.asarray(image).max()))
+                    brightest.append(np.max(image))
                 return to_tensor(image, size)
-        except Exception as problem:  # a damaged file makes PIL raise any of a dozen types
+        except Exception as problem:  # PIL raises a dozen types for damaged files
             return f"{type(problem).__name__}: {problem}".splitlines()[0]
-    with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's lock
+
+    with ThreadPoolExecutor() as pool:
         results = pool.map(read, paths)
-        results = [(str(path), next(results)) for path in models.progress("images read", paths)]
+        for path, result in zip(models.progress("images read", paths), results):
+            if torch.is_tensor(result):
+                images.append(result)
+            else:
+                bad[str(path)] = result
     if brightest and max(brightest) < 16384:
-        print(f"note: the largest value of the {len(brightest)} 16-bit images is {max(brightest)} "
-              "of 65535: they are read as dark; scale them to 16 bits", file=sys.stderr)
-    return ([(path, result) for path, result in results if torch.is_tensor(result)],
-            {path: result for path, result in results if not torch.is_tensor(result)})
+        note(f"note: the largest value of the {len(brightest)} 16-bit images is {max(brightest)} "
+             "of 65535: scale them to 16 bits")
+    return images, bad
 
 
-def read_list(list_path, image_root, cache_path, size=SIZE):
-    """An OpenOOD list (lines `path label`) -> (images, labels), decoded once, then from a cache.
+def read_list(list_path, root, size):
+    """An OpenOOD list (lines `path label`) -> (images, labels), None if the set is not there.
 
-    None if not one of its files is there. A changed list or a damaged cache is decoded anew.
+    The images are decoded once and then come from a cache below the root.
     """
+    if not list_path.is_file():
+        return None
+    cache = list_path.stem if size == SIZE else f"{list_path.stem}_{size}"
+    cache = root / "oal_cache" / list_path.parent.name / f"{cache}.pt"
     text = list_path.read_text("utf-8-sig", "replace")
     key = hashlib.sha256(f"RGB, Resize({size}), CenterCrop({size})\n{text}".encode()).hexdigest()
     try:
-        saved = torch.load(cache_path, weights_only=True)
+        saved = torch.load(cache, weights_only=True)
         if saved["key"] == key and saved["crc"] == zlib.crc32(saved["images"].numpy().data):
             return saved["images"], saved["labels"]
-    except Exception:  # absent, truncated, another program's: the image files decide
+    except Exception:  # absent or damaged: the images are decoded anew
         pass
     try:
         rows = [line.rsplit(maxsplit=1) for line in text.splitlines() if line.strip()]
-        paths = [image_root / path for path, _ in rows]
+        paths = [root / "images_classic" / path for path, _ in rows]
         labels = torch.tensor([int(label) for _, label in rows])
     except ValueError:
         paths = []
     if not paths:
         fail(f"{list_path} is not a list, or empty: each line must be 'path label'")
     if not any(path.is_file() for path in paths):
-        print(f"none of the {len(paths)} images of {list_path} is there, the first is {paths[0]}",
-              file=sys.stderr)
+        note(f"none of the {len(paths)} images of {list_path} is there, the first is {paths[0]}")
         return None
-    print(f"decoding the {len(paths)} images of {list_path.name}, once", file=sys.stderr)
-    good, bad = decode(paths, size)
+    note(f"decoding the {len(paths)} images of {list_path.name}, once")
+    images, bad = decode(paths, size)
     for path, reason in bad.items():
         fail(f"{len(bad)} of the {len(paths)} images of {list_path} cannot be read, the first is "
-             f"{path} ({reason})")
-    images = torch.stack([image for _, image in good])
+             f"{path} ({reason}): restore it")
+    images = torch.stack(images)
     try:
-        write(cache_path, {"key": key, "crc": zlib.crc32(images.numpy().data), "images": images,
-                           "labels": labels})
+        write(cache, {"key": key, "crc": zlib.crc32(images.numpy().data), "images": images,
+                      "labels": labels})
     except OSError as problem:  # a read-only data folder costs time, not the run
-        print(f"not cached: {problem}", file=sys.stderr)
+        note(f"not cached: {problem}")
     return images, labels
 
 
 def from_torchvision(name, split, root, size):
-    """A set as torchvision downloads it -> (images, labels), or None where that fails.
+    """A set that torchvision downloads -> (images, labels), or None where that fails.
 
-    Of an ID set 'val' is the first 1,000 test images and 'test' the others: not OpenOOD's lists.
+    Of an ID set 'val' is the first 1,000 test images and 'test' the others, unlike OpenOOD's lists.
     """
-    try:
-        if name in ("cifar10", "cifar100"):
-            kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-            sources = [kind(root, split == "train", download=True)]
-        elif name == "svhn":
-            sources = [datasets.SVHN(root, "test", download=True)]
-        elif name == "mnist":
-            sources = [datasets.MNIST(root, train=False, download=True)]
-        elif name == "texture":
-            sources = [datasets.DTD(root, part, download=True) for part in ("train", "val", "test")]
-        else:
-            return None
-        images = torch.stack([to_tensor(image, size) for source in sources for image, _ in source])
-    except Exception as problem:  # no network, a server's refusal, scipy missing for SVHN
-        print(f"torchvision did not bring {name}: {problem}".splitlines()[0], file=sys.stderr)
+    makers = {"cifar10": lambda: [datasets.CIFAR10(root, split == "train", download=True)],
+              "cifar100": lambda: [datasets.CIFAR100(root, split == "train", download=True)],
+              "svhn": lambda: [datasets.SVHN(root, "test", download=True)],
+              "mnist": lambda: [datasets.MNIST(root, train=False, download=True)],
+              "texture": lambda: [datasets.DTD(root, part, download=True)
+                                  for part in ("train", "val", "test")]}
+    if name not in makers:
         return None
+    try:
+        pairs = [(to_tensor(image, size), label)
+                 for source in makers[name]() for image, label in source]
+    except Exception as problem:  # no network, a server's refusal, scipy missing for SVHN
+        note(f"torchvision did not bring {name}: {problem}".splitlines()[0])
+        return None
+    images, labels = torch.stack([image for image, _ in pairs]), [label for _, label in pairs]
     if split not in ("train", "val", "test"):
         return images, torch.full((len(images),), -1)
     part = {"train": slice(None), "val": slice(1000), "test": slice(1000, None)}[split]
-    return images[part], torch.tensor(sources[0].targets)[part]
+    return images[part], torch.tensor(labels)[part]
 
 
 def read_split(dataset, split, data_root, size):
@@ -249,29 +255,26 @@ def read_split(dataset, split, data_root, size):
     if dataset == "shapes":
         return draw_set(split, size), "drawn"
     root, is_id = Path(data_root), split in ("train", "val", "test")
-    name = f"{split}_{dataset}" if is_id else split if split.startswith("val_") else f"test_{split}"
-    list_path = root / "benchmark_imglist" / dataset / f"{name}.txt"
-    loaded, source = None, "list"
-    if not (root / "benchmark_imglist").is_dir():  # not an OpenOOD tree
-        source = "torchvision"
+    list_path = root / "benchmark_imglist" / dataset / f"test_{split}.txt"
+    if is_id:
+        list_path = list_path.with_name(f"{split}_{dataset}.txt")
+    if (root / "benchmark_imglist").is_dir():
+        loaded, source = read_list(list_path, root, size), "list"
+    else:
         loaded = from_torchvision(dataset if is_id else split, split, root, size)
-    elif list_path.is_file():
-        cache = root / "oal_cache" / dataset / (f"{name}.pt" if size == SIZE else f"{name}_{size}.pt")
-        loaded = read_list(list_path, root / "images_classic", cache, size)
+        source = "torchvision"
     if is_id and loaded is None:
-        fail(f"no images of {list_path}: put images_classic/ and benchmark_imglist/ of OpenOOD v1.5 "
+        fail(f"no images of {list_path}: put OpenOOD v1.5's images_classic/ and benchmark_imglist/ "
              f"into {root}")
-    if is_id and not 0 <= int(loaded[1].min()) <= int(loaded[1].max()) < len(NAMED[dataset][0]):
-        fail(f"{list_path} holds labels outside 0..{len(NAMED[dataset][0]) - 1}: it is not a list of "
-             f"{dataset}")
+    if is_id and not 0 <= loaded[1].min() <= loaded[1].max() < len(NAMED[dataset][0]):
+        fail(f"{list_path} holds labels that {dataset} does not have: put back OpenOOD's list")
     return loaded, source
 
 
 def load_set(dataset, data_root="data", size=SIZE, wanted=None, ood=()):
-    """-> an ImageSet. dataset: a key of NAMED, or a folder of classes, which needs no data_root.
+    """A key of NAMED, or a folder of classes; folders of OOD images -> an ImageSet.
 
-    wanted: the splits to read (all). ood: folders of OOD images, which make the group 'yours'. An
-    OOD set of the benchmark that is not there is left out; a missing ID set ends the program.
+    wanted: the splits to read of a named set (all). A missing OOD set is left out.
     """
     if dataset in NAMED:
         classes, mean, std, near, far = NAMED[dataset]
@@ -291,106 +294,94 @@ def load_set(dataset, data_root="data", size=SIZE, wanted=None, ood=()):
     return data
 
 
-def files_below(folder):
-    """All files below a folder, links followed -> (files, folders not listed, folders left out).
-
-    A folder is visited once. Left out are those that begin with '.' or '@': copies and thumbnails.
-    """
-    files, locked, left_out, visited = [], [], [], {os.path.realpath(folder)}
-    note = lambda problem: locked.append(problem.filename)
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=note):
-        files += [os.path.join(here, name) for name in names]
-        below, folders[:] = sorted(folders), []
-        for name in below:
-            place = os.path.realpath(os.path.join(here, name))
-            if name[0] in ".@":
-                left_out.append(os.path.join(here, name))
-            elif place not in visited:
-                visited.add(place)
-                folders.append(name)  # os.walk goes on into these
-    return files, locked, left_out
-
-
 def read_folder(folder, size=SIZE):
-    """Images below a folder -> (uint8 [N, 3, size, size], their N paths, {path: reason} unreadable)."""
-    endings = datasets.folder.IMG_EXTENSIONS
+    """Images below a folder -> (uint8 [N, 3, size, size], paths, {path: reason} of the unreadable).
+
+    Links are followed. Folders that begin with '.' or '@' (copies, thumbnails) are left out.
+    """
     if not Path(folder).is_dir():
         fail(f"{folder} is not a folder: name one that holds images")
-    files, locked, left_out = files_below(folder)
+    files, bad, left_out, visited = [], {}, [], set()
+    locked = lambda problem: bad.update({problem.filename: "a folder that cannot be listed"})
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=locked):
+        folders.sort()
+        if os.path.realpath(here) in visited:  # a link to a folder that was read
+            names, folders[:] = [], []
+        visited.add(os.path.realpath(here))
+        files += [os.path.join(here, name) for name in names]
+        left_out += [os.path.join(here, name) for name in folders if name[0] in ".@"]
+        folders[:] = [name for name in folders if name[0] not in ".@"]
+    endings = datasets.folder.IMG_EXTENSIONS
     paths = sorted(path for path in files if path.lower().endswith(endings))
-    good, bad = decode(paths, size)
-    bad |= {path: "a folder that cannot be listed" for path in locked}
+    images, unreadable = decode(paths, size)
+    bad |= unreadable
     for path, reason in bad.items():
-        print(f"unreadable: {path} ({reason})", file=sys.stderr)
+        note(f"unreadable: {path} ({reason})")
     hidden = f", {len(left_out)} folders left out, the first is {left_out[0]}" if left_out else ""
-    print(f"{folder}: {len(good)} images, {len(bad)} unreadable, {len(files) - len(paths)} other "
-          f"files{hidden}", file=sys.stderr)
-    if not good:
-        fail(f"{folder} holds no image that can be read: its name must end in {' '.join(endings)}")
-    return torch.stack([image for _, image in good]), [path for path, _ in good], bad
+    note(f"{folder}: {len(images)} images, {len(bad)} unreadable, {len(files) - len(paths)} other "
+         f"files{hidden}")
+    if not images:
+        fail(f"{folder} holds no image that can be read: a name must end in {' '.join(endings)}")
+    return torch.stack(images), [path for path in paths if path not in bad], bad
 
 
 def read_classes(folder, size=SIZE):
     """A user's folder train/CLASS/..., with or without val/ (valid/, validation/) and test/.
 
-    Classes are sorted by name. A split that is not there takes a tenth of each class of train/ (one
-    image of a class of 4 to 9), chosen by a digest of the path below the folder: the same for every
-    program and seed, and a new image moves hardly another. Mean and std are the training images'.
+    A missing split takes a tenth of each class of train/, or one image of a class of 4 to 9, by the
+    digest of the path below the folder: every program splits alike, a new image moves few others.
     """
-    root = Path(folder)
-    val = next((name for name in ("val", "valid", "validation") if (root / name).is_dir()), "val")
-    folders = {"train": root / "train", "val": root / val, "test": root / "test"}
-    if not folders["train"].is_dir():
-        fail(f"no folder {root / 'train'}: put the images of each class into {root / 'train' / 'CLASS'}")
-    plain = lambda name: unicodedata.normalize("NFC", name)  # macOS writes an accent as two characters
-    classes = sorted({plain(path.name) for path in folders["train"].iterdir()
+    root, train, splits, names = Path(folder), Path(folder, "train"), {}, {}
+    if not train.is_dir():
+        fail(f"no folder {train}: put the images of each class into {train / 'CLASS'}")
+    plain = lambda name: unicodedata.normalize("NFC", name)  # macOS writes an accent apart
+    classes = sorted({plain(path.name) for path in train.iterdir()
                       if path.is_dir() and path.name[0] not in ".@"})
     if len(classes) < 2:
         held = f"the class {classes[0]} alone" if classes else "no class"
-        fail(f"{root / 'train'} holds {held}: add another folder")
-    splits, order = {}, []
-    for split in [split for split in folders if folders[split].is_dir()]:
-        images, paths, _ = read_folder(folders[split], size)
-        paths = [Path(path).relative_to(root) for path in paths]
-        for path in paths:
-            if plain(path.parts[1]) not in classes:
-                fail(f"{root / Path(*path.parts[:2])} is no class of {root / 'train'}: move it away, "
-                     "or add the class")
-        splits[split] = images, torch.tensor([classes.index(plain(path.parts[1])) for path in paths])
-        if split == "train":
-            names = [os.fsencode(plain(str(path))) for path in paths]
-            order = sorted(range(len(paths)), key=lambda i: hashlib.sha256(names[i]).digest())
+        fail(f"{train} holds {held}: add another folder")
+    for name in ("train", "val", "valid", "validation", "test"):
+        split = "val" if name.startswith("val") else name
+        if split in splits or not (root / name).is_dir():
+            continue
+        images, paths, _ = read_folder(root / name, size)
+        names[split] = [plain(os.path.relpath(path, root)) for path in paths]
+        of_image = [Path(path).parts[1] for path in names[split]]
+        for label in set(of_image) - set(classes):
+            fail(f"{root / name / label} is no class of {train}: move it away, or add the class")
+        splits[split] = images, torch.tensor([classes.index(label) for label in of_image])
+
+    images, labels = splits["train"]
     absent = [split for split in ("val", "test") if split not in splits]
-    images, labels = splits["train"]
-    home = torch.full_like(labels, -1)  # index into `absent`; -1: stays in train
-    for label in range(len(classes)):
-        own = torch.tensor([i for i in order if labels[i] == label], dtype=torch.int64)
+    indices = {split: [] for split in ("train", *absent)}  # of the images in train/
+    rank = lambda i: hashlib.sha256(os.fsencode(names["train"][i])).digest()
+    for label, name in enumerate(classes):
+        own = sorted((labels == label).nonzero().flatten().tolist(), key=rank)
         tenth = max(len(own) // 10, 1) if len(own) >= 4 else 0
-        for i in range(len(absent)):
-            home[own[i * tenth:(i + 1) * tenth]] = i
-    for i, split in ((-1, "train"), *enumerate(absent)):
-        splits[split] = images[home == i], labels[home == i]
+        for split in absent:
+            indices[split] += own[:tenth]
+            own = own[tenth:]
+        if len(own) < 2:
+            fail(f"the class {name} has {len(own)} images to train on in {train}: it needs 2")
+        indices["train"] += own
+    for split, chosen in indices.items():
+        if not chosen:
+            fail(f"{root} has no {split}/, and no class has 4 images: add images")
+        splits[split] = images[sorted(chosen)], labels[sorted(chosen)]
+
     images, labels = splits["train"]
-    for name, count in zip(classes, labels.bincount(minlength=len(classes)).tolist()):
-        if count < 2:
-            fail(f"the class {name} has {count} images to train on in {root / 'train'}: it needs 2")
-    for split in absent:
-        if not len(splits[split][0]):
-            fail(f"{root} has no {split}/, and classes of fewer than 4 images none to spare for it: "
-                 "add images")
-    print(f"{root}: {len(classes)} classes, {', '.join(classes)}; {len(images)} images to train on, "
-          f"{len(splits['val'][0])} for thresholds, {len(splits['test'][0])} to test", file=sys.stderr)
+    note(f"{root}: {len(classes)} classes, {', '.join(classes)}; {len(images)} images to train on, "
+         f"{len(splits['val'][0])} for thresholds, {len(splits['test'][0])} to test")
     levels = torch.arange(256).double() / 255
-    counts = torch.stack([channel.flatten().bincount(minlength=256)
-                          for channel in images.transpose(0, 1)]).double()     # [3, 256]
-    counts = counts / counts.sum(1, keepdim=True)
-    mean = counts @ levels                                                     # [3]
-    std = (counts @ levels ** 2 - mean ** 2).clamp_min(1e-4).sqrt()            # 0.01 if in one colour
-    return ImageSet(str(folder), classes, mean.float(), std.float(), {"near": (), "far": ()}, splits,
-                    dict.fromkeys(splits, "folder"))
+    counts = [channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]
+    shares = torch.stack(counts).double() / counts[0].sum()          # [3, 256]
+    mean = shares @ levels                                           # [3]
+    std = (shares @ levels ** 2 - mean ** 2).clamp_min(1e-4).sqrt()  # 0.01 if in one colour
+    return ImageSet(str(folder), classes, mean.float(), std.float(), {"near": (), "far": ()},
+                    splits, dict.fromkeys(splits, "folder"))
 
 
-# --- Embedded images: drawn in a second, so that the whole method runs with no download. ----------
+# --- Embedded images, drawn in a second: the whole method runs with no download. ------------------
 
 # Points x, y [N, H, W] at distance r from the origin -> whether they lie in the shape of radius 1.
 SHAPES = {"disc": lambda x, y, r: r < 0.9,
@@ -403,15 +394,15 @@ HELD_OUT_SHAPES = {"ring": lambda x, y, r: (r < 1) & (r > 0.55),
                    "bar": lambda x, y, r: (x.abs() < 1) & (y.abs() < 0.4),
                    "half_disc": lambda x, y, r: (r < 1) & (y > 0)}
 SHAPES_SIZES = {"train": 4000, "val": 500, "test": 1500, "held_out": 1500}  # other sets: 500
-SHAPES_SEEDS = {name: seed for seed, name in enumerate(
-    ("train", "val", "test", "held_out", "no longer drawn", *SHAPE_FAR))}
+SHAPES_SEEDS = {"train": 0, "val": 1, "test": 2, "held_out": 3,
+                "noise": 5, "stripes": 6, "flat": 7, "gradient": 8, "blobs": 9}
 
 
 def draw_set(split, size=SIZE):
-    """An embedded set -> (images uint8 [N, 3, S, S], labels int64 [N]), the same on every machine.
+    """An embedded set -> (uint8 [N, 3, S, S], labels int64 [N]), the same on every machine.
 
-    ID: 4 shapes x 2 textures (plain, checked), any colour, place, size and turn, on a gradient with
-    clutter and noise. 'held_out' (near-OOD): 4 other shapes drawn alike. None for another name.
+    ID: 4 shapes x 2 textures of any colour, place, size and turn, on a gradient with clutter and
+    noise. 'held_out' (near-OOD): 4 other shapes drawn alike. None for an unknown name.
     """
     if split not in SHAPES_SEEDS:
         return None
@@ -424,6 +415,7 @@ def draw_set(split, size=SIZE):
     along, across = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()  # [N, H, W]
     first = torch.rand(n, 3, 1, 1, generator=g)                          # two colours per image, at
     second = (first + 0.3 + 0.4 * torch.rand(n, 3, 1, 1, generator=g)) % 1   # least 0.3 apart
+    labels = torch.full((n,), -1)
     if split == "noise":
         images = torch.rand(n, 3, size, size, generator=g)
     elif split == "stripes":
@@ -435,7 +427,7 @@ def draw_set(split, size=SIZE):
     elif split == "blobs":
         images = F.interpolate(torch.rand(n, 3, 5, 5, generator=g), size, mode="bicubic")
     else:
-        labels = torch.randint(8, (n,), generator=g)
+        kinds = torch.randint(8, (n,), generator=g)
         # Background: a faint gradient; one small square anywhere; the shape over it; noise.
         images = torch.lerp(first, second, 0.1 * (1 + along[:, None]))
         u, v = x - uniform(-1, 1), y - uniform(-1, 1)
@@ -446,25 +438,24 @@ def draw_set(split, size=SIZE):
         r = (u ** 2 + v ** 2).sqrt()
         shapes = HELD_OUT_SHAPES if split == "held_out" else SHAPES
         masks = torch.stack([inside(u, v, r) for inside in shapes.values()])          # [4, N, H, W]
-        mask = masks[labels // 2, torch.arange(n)]                                    # [N, H, W]
-        checks = ((u * 6).sin() * (v * 6).sin() > 0) & (labels % 2 == 1)[:, None, None]
+        mask = masks[kinds // 2, torch.arange(n)]                                     # [N, H, W]
+        checks = ((u * 6).sin() * (v * 6).sin() > 0) & (kinds % 2 == 1)[:, None, None]
         images = torch.where((mask & ~checks)[:, None], second, images)
         images = torch.where((mask & checks)[:, None], torch.lerp(first, second, 0.4), images)
         images = images + 0.03 * torch.randn(images.shape, generator=g)
-    if split not in ("train", "val", "test"):
-        labels = torch.full((n,), -1)
+        labels = labels if split == "held_out" else kinds
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
 
-# --- Scores: (logits [N, C], features [N, D], ref) -> confidence [N]. `ref` is what a score may know
-# of the network and its training set: weight [C, D], features [M, D], mean [D] of the features.
+# --- Scores. --------------------------------------------------------------------------------------
+# (logits [N, C], features [N, D], ref) -> confidence [N]. `ref` is what a score may know of network
+# and training set: weight [C, D] of the classifier, features [M, D], their mean [D].
 
 
 def knn(logits, features, ref, k=50, megabytes=256):
     """Minus the distance to the k-th nearest training feature, unit length (arXiv 2204.06507).
 
-    Never holds more distances at once than `megabytes`. Measured from the bank's centre: from the
-    origin the distances of nearly equal features would cancel to one float32 number.
+    The centre is subtracted, else rounding would hide the distances of nearly equal features.
     """
     bank = F.normalize(ref["features"].double(), dim=1)
     centre = bank.mean(0)
@@ -480,11 +471,10 @@ def knn(logits, features, ref, k=50, megabytes=256):
 
 
 def fdbd(logits, features, ref):
-    """Mean distance to the decision boundaries over that to the training mean (arXiv 2312.11536)."""
+    """Mean distance to the class boundaries over that to the training mean (arXiv 2312.11536)."""
     top, predicted = logits.max(1)
-    gap = torch.cdist(ref["weight"], ref["weight"])[predicted]                # [N, C], |w_pred - w_c|
-    distance = (top[:, None] - logits) / gap.clamp_min(1e-12)
-    distance = distance.sum(1) / (logits.shape[1] - 1)
+    gap = torch.cdist(ref["weight"], ref["weight"])[predicted]      # [N, C], |w_pred - w_c|
+    distance = ((top[:, None] - logits) / gap.clamp_min(1e-12)).sum(1) / (logits.shape[1] - 1)
     return distance / (features - ref["mean"]).norm(dim=1).clamp_min(1e-12)
 
 
@@ -505,14 +495,11 @@ SCORES = {
 
 # --- Metrics. -------------------------------------------------------------------------------------
 
-
 def detection_metrics(conf_id, conf_ood):
-    """How well a confidence separates ID from OOD, in percent, as OpenOOD v1.5 computes it.
+    """Confidences of ID [N] and OOD images [M] -> percentages as in OpenOOD v1.5.
 
-    conf_id [N], conf_ood [M]: tensors or arrays, higher = more in-distribution. Returns 'auroc';
-    'aupr_in' and 'aupr_out', trapezoidal areas with ID or OOD as the positive class; 'fpr95', the
-    share of ID flagged once 95 % of OOD is caught; 'fpr95_id', the share of OOD accepted once 95 %
-    of ID is. Equal confidences are one threshold. ValueError on an empty input or a NaN.
+    'aupr_in' and 'aupr_out' have ID or OOD as positive class; 'fpr95': ID flagged once 95 % of OOD
+    is caught; 'fpr95_id': OOD accepted once 95 % of ID is. ValueError: an empty input or a NaN.
     """
     conf_id, conf_ood = (torch.as_tensor(conf).detach().cpu().double().flatten().numpy()
                          for conf in (conf_id, conf_ood))
@@ -521,7 +508,7 @@ def detection_metrics(conf_id, conf_ood):
         raise ValueError("detection_metrics: no ID or no OOD confidence, or one that is NaN")
     order = np.argsort(conf)
     conf, ood = conf[order], (order >= len(conf_id)).astype(np.float64)
-    ends = np.flatnonzero(np.r_[conf[1:] != conf[:-1], True])  # last of each group of ties, ascending
+    ends = np.flatnonzero(np.r_[conf[1:] != conf[:-1], True])  # last of each group of ties
     # OOD positive: the threshold rises, more OOD is caught and more ID flagged.
     caught = np.cumsum(ood)[ends]
     flagged = ends + 1 - caught
@@ -544,8 +531,7 @@ def area(y, x, start=0):
 def fpr_at_recall(true, false, recall):
     """False-positive rate at the first point of scikit-learn's ROC curve that reaches the recall.
 
-    That curve leaves out points on a straight line between their neighbours (its default
-    `drop_intermediate`, which OpenOOD inherits): the next corner of the curve counts.
+    As in OpenOOD that curve has corners alone, no points on a straight line between two others.
     """
     i = np.argmax(true / true[-1] >= recall)
     if 0 < i < len(true) - 1:  # the two ends are always on the curve
@@ -563,39 +549,38 @@ def threshold_at(conf_id, tpr):
 
 # --- Benchmark. -----------------------------------------------------------------------------------
 
-
 def reference(net, data):
-    """What scores may know of a network (see 'Scores'), from the training images."""
-    _, features = models.predict(net, data.splits["train"][0], data.mean, data.std)
-    weight = net.fc.weight.detach().cpu().float()
-    return {"weight": weight, "features": features, "mean": features.mean(0)}
+    """What scores may know of a network and, where they are there, its training images."""
+    ref = {"weight": net.fc.weight.detach().cpu().float()}
+    if "train" in data.splits:
+        images, _ = data.splits["train"]
+        _, ref["features"] = models.predict(net, images, data.mean, data.std)
+        ref["mean"] = ref["features"].mean(0)
+    return ref
 
 
 def evaluate(net, data, scores, ref):
-    """One network on the sets of data -> (entry of results.json, {score: {set: confidence [N]}}).
-
-    The set 'test' is the ID set; `ref` is what reference() returns.
-    """
+    """A network on the sets of data -> (entry of results.json, {score: {set: confidence [N]}})."""
     groups = {name: group for group, names in data.groups.items() for name in names
               if name in data.splits}
-    images, labels = data.splits["test"]
-    found = {name: models.predict(net, data.splits[name][0], data.mean, data.std)
-             for name in ("test", *groups)}
-    correct = found["test"][0].argmax(1) == labels
-    entry = {"id_acc": 100 * correct.double().mean().item(), "n_id": len(images), "scores": {}}
+    outputs = {name: models.predict(net, data.splits[name][0], data.mean, data.std)
+               for name in ("test", *groups)}
+    labels = data.splits["test"][1]
+    hits = (outputs["test"][0].argmax(1) == labels).double()
+    entry = {"id_acc": 100 * hits.mean().item(), "n_id": len(labels), "scores": {}}
     confidences = {}
     for score in scores:
-        conf = {name: SCORES[score](*pair, ref).double() for name, pair in found.items()}
-        rows = {name: {"group": group, "n": len(conf[name]),
-                       **detection_metrics(conf["test"], conf[name])}
-                for name, group in groups.items()}
-        means = {}
+        conf = {name: SCORES[score](*pair, ref).double() for name, pair in outputs.items()}
+        sets, means = {}, {}
+        for name, group in groups.items():
+            metrics = detection_metrics(conf["test"], conf[name])
+            sets[name] = {"group": group, "n": len(conf[name]), **metrics}
         for group in ("near", "far"):
-            members = [row for row in rows.values() if row["group"] == group]
-            if members:  # no set, no mean: an absent group is absent, never zero
+            members = [row for row in sets.values() if row["group"] == group]
+            if members:  # an absent group has no mean
                 means[group] = {key: sum(row[key] for row in members) / len(members)
-                                for key in members[0] if key not in ("group", "n")}
-        entry["scores"][score] = {**means, "sets": rows}
+                                for key in metrics}
+        entry["scores"][score] = {**means, "sets": sets}
         confidences[score] = conf
     return entry, confidences
 
@@ -611,12 +596,12 @@ def describe(program, args, data):
 
 def headline(results):
     """results.json's dict -> lines: accuracy, near and far of the start and of the student."""
-    before, after = results["models"]["ce"], results["models"]["oal"]
-    yield (f"accuracy  {before['id_acc']:6.2f} -> {after['id_acc']:6.2f}   cross-entropy network -> "
-           "student, percent")
+    start, student = results["models"]["ce"], results["models"]["oal"]
+    yield (f"accuracy  {start['id_acc']:6.2f} -> {student['id_acc']:6.2f}   cross-entropy network "
+           "-> student, percent")
     for group in ("near", "far"):
-        if group in before["scores"]["ebo"]:
-            ebo, own = ([entry["scores"][score][group]["auroc"] for entry in (before, after)]
+        if group in start["scores"]["ebo"]:
+            ebo, own = ([entry["scores"][score][group]["auroc"] for entry in (start, student)]
                         for score in ("ebo", "micl"))
             yield (f"{group + '-OOD':<9} {ebo[0]:6.2f} -> {own[1]:6.2f}   AUROC by ebo -> AUROC by "
                    f"micl; ebo alone {ebo[0]:.2f} -> {ebo[1]:.2f}, micl alone {own[0]:.2f} -> "
@@ -626,24 +611,24 @@ def headline(results):
 def table_rows(runs):
     """results.json dicts -> {label: {seed: (entry of models, minutes of its training)}}.
 
-    The start of a run with --ce is left out where the run that trained it is there too.
+    A start given by --ce is left out if the run that trained it is there too.
     """
-    kinds = {(results["dataset"], results.get("arch"), results["size"]) for results in runs}
+    kinds = [", ".join(str(results[key]) for key in ("dataset", "arch", "size") if key in results)
+             for results in runs]  # evaluate.py's results have no arch
     trained = [results["models"]["ce"] for results in runs
                if "seed" in results and not results["options"]["ce"]]
     rows = {}
-    for number, results in enumerate(runs):
-        kind = [results["dataset"], results.get("arch"), f"{results['size']} px"]
-        kind = f" ({', '.join(filter(None, kind))})"  # evaluate.py's results have no arch
+    for number, (results, kind) in enumerate(zip(runs, kinds)):
         for name, entry in results["models"].items():
-            seed, options = results.get("seed", f"run {number}"), results.get("options", {})
-            label = results.get("label", name) if name == "oal" else name
-            if name == "ce" and options:
-                if options["ce"] and entry in trained:
+            label, seed = name, results.get("seed", f"run {number}")
+            if "seed" in results:  # a run of train.py
+                options, label = results["options"], results["label"]
+                if name == "ce" and options["ce"] and entry in trained:
                     continue
-                label = ("start: given by --ce" if options["ce"] else
-                         f"start: cross-entropy, {options['ce_epochs']} epochs")
-            row = rows.setdefault(label + kind * (len(kinds) > 1), {})
+                if name == "ce":
+                    label = ("start" if options["ce"] else
+                             f"start: cross-entropy, {options['ce_epochs']} epochs")
+            row = rows.setdefault(f"{label} ({kind} px)" if len(set(kinds)) > 1 else label, {})
             if seed in row and row[seed][0] != entry:
                 fail(f"two runs with different figures are seed {seed} of {label}: leave one out")
             row[seed] = entry, results["seconds"].get(name, 0) / 60
@@ -653,45 +638,48 @@ def table_rows(runs):
 def tables(runs):
     """results.json dicts -> the lines of two Markdown tables, mean±standard deviation (n - 1).
 
-    A row is a label over its seeds, by ebo, fdbd and micl where all networks were measured by them,
-    else by every score that all were measured by.
+    A row is a label over its seeds. Scores: those of ebo, fdbd, micl that all networks have, else
+    all that they share.
     """
-    rows = table_rows(runs)
-    entries = [entry for row in rows.values() for entry, _ in row.values()]
+    rows = {label: list(zip(*row.values())) for label, row in table_rows(runs).items()}
+    entries = [entry for members, _ in rows.values() for entry in members]
     common = [score for score in SCORES if all(score in entry["scores"] for entry in entries)]
     scores = [score for score in common if score in ("ebo", "fdbd", "micl")] or common
-    sizes = [{name: found["n"] for name, found in entry["scores"][scores[0]]["sets"].items()}
+    sizes = [{name: row["n"] for name, row in entry["scores"][scores[0]]["sets"].items()}
              for entry in entries]
     if any(other != sizes[0] for other in sizes):
         fail("the runs were measured on different OOD sets: make a table of each kind")
 
     def mean_std(values):
         spread = f"±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.1f}{spread}"
+        return f"{np.mean(values):.1f}{spread}" if values else ""
 
-    def cell(row, read):  # the scores beside each other
-        return " / ".join(mean_std([read(entry["scores"][score]) for entry, _ in row.values()])
-                          for score in scores)
+    def cell(members, name, metric):  # of a group or a set, by each score
+        figures = []
+        for score in scores:
+            found = [entry["scores"][score] for entry in members]
+            figures.append(mean_std([{**row, **row["sets"]}[name][metric] for row in found]))
+        return " / ".join(figures)
 
-    line = lambda *cells: f"| {' | '.join(map(str, cells))} |"
-    columns = [(group, metric) for group in ("near", "far")
-               if group in entries[0]["scores"][scores[0]] for metric in ("auroc", "fpr95")]
-    first = runs[0]
-    heading = f"{first['dataset']}, {first.get('arch', '')}".strip(", ")
+    def table(head, body):
+        lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *body)]
+        return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
+    groups = [group for group in ("near", "far") if group in entries[0]["scores"][scores[0]]]
+    columns = [(group, metric) for group in groups for metric in ("auroc", "fpr95")]
+    titles = [f"{group} {metric.upper()}" for group, metric in columns]
+    heading = ", ".join(runs[0][key] for key in ("dataset", "arch") if key in runs[0])
+    body = [[label, len(members), mean_std([spent for spent in minutes if spent]),
+             mean_std([entry["id_acc"] for entry in members]),
+             *(cell(members, group, metric) for group, metric in columns)]
+            for label, (members, minutes) in rows.items()]
     lines = [f"cells: {' / '.join(scores)}; minutes: of this training alone", "",
-             line(heading, "runs", "minutes", "accuracy",
-                  *(f"{group} {metric.upper()}" for group, metric in columns)),
-             "|---" * (4 + len(columns)) + "|"]
-    for label, row in rows.items():
-        minutes = [spent for _, spent in row.values() if spent]
-        lines.append(line(label, len(row), mean_std(minutes) if minutes else "",
-                          mean_std([entry["id_acc"] for entry, _ in row.values()]),
-                          *(cell(row, lambda found: found[group][metric]) for group, metric in columns)))
+             *table([heading, "runs", "minutes", "accuracy", *titles], body)]
     if sizes[0]:
-        lines += ["", line("AUROC", *(f"{title(name, sizes[0])} ({n})" for name, n in sizes[0].items())),
-                  "|---" * (1 + len(sizes[0])) + "|"]
-        lines += [line(label, *(cell(row, lambda found: found["sets"][name]["auroc"])
-                                for name in sizes[0])) for label, row in rows.items()]
+        titles = [f"{title(name, sizes[0])} ({n})" for name, n in sizes[0].items()]
+        body = [[label, *(cell(members, name, "auroc") for name in sizes[0])]
+                for label, (members, _) in rows.items()]
+        lines += ["", *table(["AUROC", *titles], body)]
     missing = sorted({name for results in runs for name in results["missing"]})
     return lines + ([f"\nmissing, in no mean: {', '.join(missing)}"] if missing else [])
 
@@ -723,8 +711,8 @@ def plot(path, columns, tpr):
         for axis, (heading, conf) in zip(row, columns.items()):
             both = np.concatenate([conf["test"], conf[name]])
             bins = np.linspace(*np.quantile(both, [0.001, 0.999]), 60)
-            for one, label in (("test", "ID"), (name, readable(title(name, names)))):
-                axis.hist(conf[one].numpy(), bins, density=True, alpha=0.6, label=label)
+            for key, label in (("test", "ID"), (name, readable(title(name, names)))):
+                axis.hist(conf[key].numpy(), bins, density=True, alpha=0.6, label=label)
             axis.axvline(threshold_at(conf["test"], tpr), color="black", linewidth=1)
             auroc = detection_metrics(conf["test"], conf[name])["auroc"]
             axis.set_title(f"{readable(heading)}, AUROC {auroc:.1f}", fontsize=9)
@@ -736,15 +724,15 @@ def plot(path, columns, tpr):
     write(path, picture.getvalue())
 
 
-# --- The detector: NAME.pt, a network's weights, and NAME.detector.pt, what else a verdict needs. ---
-
+# --- The detector: NAME.pt has the weights, NAME.detector.pt what else a verdict needs. -----------
 
 class Detector:
     """detector(images uint8 [N, 3, S, S]) -> (class indices int64 [N], scores [N], P(ID) [N]).
 
-    The score is `micl`; P(ID) is that of MICL's critic, NaN for a network without one. Attributes:
-    the network, and the entries of NAME.detector.pt (README), such as .classes and .threshold.
+    The score is `micl`, P(ID) that of MICL's critic, NaN without one. Attributes: net, and the
+    entries of NAME.detector.pt, such as .classes and .threshold.
     """
+    a = tau = math.nan
 
     def __init__(self, net, content):
         self.net = net
@@ -752,21 +740,21 @@ class Detector:
 
     def __call__(self, images):
         logits, features = models.predict(self.net, images, self.image_mean, self.image_std)
-        critic = losses.MICL(self.mean, getattr(self, "a", math.nan), getattr(self, "tau", math.nan))
+        critic = losses.MICL(self.mean, self.a, self.tau)
         score = critic.score(logits, features)
         return logits.argmax(1), score, critic.probability(score)
 
 
 def digest(net):
-    """A digest of a network's weights, whatever file or device they come from."""
-    found = hashlib.sha256()
+    """A digest of a network's weights, the same for every file and device."""
+    sha = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
-        found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        sha.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def detector_of(net, arch, data, critic=None):
-    """A network, its training and validation images, the student's critic -> NAME.detector.pt's dict."""
+    """A network, its training and validation images, the student's critic -> NAME.detector.pt."""
     mean = reference(net, data)["mean"]
     images, _ = data.splits["val"]
     conf = losses.MICL(mean).score(*models.predict(net, images, data.mean, data.std))
@@ -779,45 +767,67 @@ def detector_of(net, arch, data, critic=None):
     return content
 
 
+def beside(path):
+    """NAME.pt -> the path NAME.detector.pt."""
+    return Path(os.path.splitext(path)[0] + ".detector.pt")
+
+
 def read_detector(path):
     """NAME.pt -> the dict of the NAME.detector.pt beside it, None if there is none."""
-    beside = Path(path).with_suffix(".detector.pt")
-    if not beside.exists():
+    if not beside(path).exists():
         return None
     try:
-        content = torch.load(beside, map_location="cpu", weights_only=True)
+        content = torch.load(beside(path), map_location="cpu", weights_only=True)
         keys = ["image_mean", "image_std", "mean", "threshold", *({"a", "tau"} & content.keys())]
         shapes = [tuple(content[key].shape) for key in keys]
         fits = (shapes[:2] == [(3,), (3,)] and not any(shapes[3:])
                 and all(content[key].isfinite().all() for key in keys)
-                and isinstance(content["digest"], str) and len(content["classes"]) > 1
-                and content["size"] in (32, 64, 128, 224) and content["n_val"] > 0)
+                and min(content["image_std"]) > 0 and content.get("a", 1) > 0
+                and all(isinstance(name, str) for name in (content["digest"], *content["classes"]))
+                and type(content["size"]) is type(content["n_val"]) is int
+                and content["size"] in SIZES and content["n_val"] > 0)
     except Exception:  # a text file, a truncated archive, other entries
         fits = False
     if not fits:
-        fail(f"{beside} is not a detector: remove it, and name the ID set by --dataset")
+        fail(f"{beside(path)} is not a detector: remove it, and name the ID set by --dataset")
     return content
+
+
+def open_network(path, content, size, device, data=None):
+    """-> (network on the device, data with the mean and std that NAME.detector.pt has).
+
+    A note says where data is not what the network was trained on.
+    """
+    classes = data.classes if data else content["classes"]
+    net = models.to_device(models.load_network(path, len(classes), size=size), device)
+    if not content:
+        return net, data
+    if content["digest"] != digest(net) or content["mean"].shape != (net.fc.in_features,):
+        fail(f"{beside(path)} belongs to other weights than {path}: put back the two files of one run")
+    if not data:
+        return net, None
+    differs = []
+    if list(classes) != content["classes"]:
+        differs.append("classes (labels are compared by number)")
+    if size != content["size"]:
+        differs.append(f"size ({size}, trained at {content['size']})")
+    if not torch.allclose(data.mean, content["image_mean"], atol=1e-3):
+        differs.append("mean of the images (the network's own is used)")
+    if differs:
+        note(f"note: --dataset {data.name} is not what {path} was trained on: {', '.join(differs)}")
+    return net, data._replace(mean=content["image_mean"], std=content["image_std"])
 
 
 def load_detector(path, device="cpu"):
     """A file of weights NAME.pt with NAME.detector.pt beside it -> a Detector; no images needed."""
     content = read_detector(path)
     if content is None:
-        fail(f"no {Path(path).with_suffix('.detector.pt')}: name the ID set of {path} by --dataset")
-    net = models.load_network(path, len(content["classes"]), size=content["size"])
-    check_digest(path, net, content)
-    return Detector(models.to_device(net, device), content)
-
-
-def check_digest(path, net, content):
-    """Ends the program where NAME.detector.pt was made for other weights than NAME.pt."""
-    if content["digest"] != digest(net) or content["mean"].shape != (net.fc.in_features,):
-        fail(f"{Path(path).with_suffix('.detector.pt')} belongs to other weights than {path}: put "
-             "back the two files of one run")
+        fail(f"no {beside(path)}: name the ID set of {path} by --dataset")
+    net, _ = open_network(path, content, content["size"], device)
+    return Detector(net, content)
 
 
 # --- Command line. --------------------------------------------------------------------------------
-
 
 def number(kind, low, high):
     """An argparse type: a finite number of the kind, int or float, from low to high."""
@@ -834,37 +844,33 @@ FINITE = number(float, -1e308, 1e308)
 
 
 def common_parser(doc):
-    """A program's parser, with the options that the programs share; check_common reads them."""
+    """A parser with the options that the programs share; check_common checks them."""
     parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--dataset", metavar="{" + ",".join(NAMED) + ",FOLDER}",
-                        help="the ID set (shapes); FOLDER holds train/CLASS/... and, if you like, "
-                        "val/ and test/")
-    parser.add_argument("--size", type=int, choices=(32, 64, 128, 224), help="side of the images "
-                        "(32); 224: with the stem of torchvision's ResNet")
-    parser.add_argument("--data-root", metavar="DIR", help="in the OpenOOD v1.5 layout, or where "
-                        "torchvision downloads (data)")
+                        help="the ID set (shapes); FOLDER holds train/CLASS/... (val/, test/)")
+    parser.add_argument("--size", type=int, choices=SIZES, help="side of the images (32)")
+    parser.add_argument("--data-root", metavar="DIR",
+                        help="in the OpenOOD v1.5 layout, or where torchvision downloads (data)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
                         "mps" if torch.backends.mps.is_available() else "cpu")
     return parser
 
 
 def check_common(args):
-    """Fills in --dataset, --size and --data-root; ends where one of them or --device is of no use."""
+    """Fills in the defaults of the shared options; ends the program where one is of no use."""
     args.dataset, args.size = args.dataset or "shapes", args.size or SIZE
     try:
         (torch.zeros(1, device=args.device) + 1).item()  # no value comes back from 'meta'
     except (RuntimeError, AssertionError, ImportError) as problem:  # without CUDA: AssertionError
         fail(f"no device {args.device}: {str(problem).splitlines()[0]}")
     if args.dataset in NAMED and args.size not in (SIZE, 224):
-        fail(f"--size {args.size}: the images of {args.dataset} are {SIZE} wide, or 224: leave it out")
+        fail(f"--size {args.size}: the images of {args.dataset} are {SIZE} wide: leave it out")
     if args.dataset not in NAMED and not Path(args.dataset).is_dir():
-        fail(f"no dataset {args.dataset}: choose one of {', '.join(NAMED)}, or a folder that holds "
-             "train/CLASS/...")
-    if args.data_root is not None and not Path(args.data_root).is_dir():
-        fail(f"no data root {args.data_root}: name a folder that holds images_classic/ and "
-             "benchmark_imglist/")
+        fail(f"no dataset {args.dataset}: name a folder, or one of {', '.join(NAMED)}")
+    if args.data_root and not Path(args.data_root).is_dir():
+        fail(f"no data root {args.data_root}: name a folder")
     args.data_root = args.data_root or "data"
 
 
@@ -875,7 +881,7 @@ def main():
     parser.add_argument("--ood", nargs="+", action="extend", default=[], metavar="FOLDER",
                         help="folders of your own OOD images")
     parser.add_argument("--flag", metavar="FOLDER",
-                        help="print path, class, score (micl for all), verdict, P(ID) of each image")
+                        help="print class, score (micl for all), verdict, P(ID) of each image")
     parser.add_argument("--threshold-tpr", type=number(float, 1e-6, 1), metavar="T", default=0.95,
                         help="the threshold accepts this share of the ID images (0.95)")
     parser.add_argument("--plot", metavar="FILE.png", help="histograms (ebo and micl for all)")
@@ -887,13 +893,12 @@ def main():
         print("\n".join(collect(args.collect)))
         return
     if not args.checkpoints or args.flag and (len(args.checkpoints) > 1 or args.plot or args.ood):
-        fail("checkpoints: name one or more files of weights, one alone for --flag without --plot "
-             "and --ood, or runs with --collect")
-    given = args.dataset
+        fail("checkpoints: name files of weights, one for --flag without --plot and --ood")
     contents = [read_detector(path) for path in args.checkpoints]
     sizes = {content["size"] for content in contents if content}
-    if not args.size and len(sizes) == 1 and (given or not args.flag):
-        args.size = sizes.pop()
+    given = args.dataset
+    if len(sizes) == 1 and (given or not args.flag):
+        args.size = args.size or sizes.pop()
     check_common(args)
     if args.flag:
         flag(args, contents[0], given)
@@ -901,59 +906,35 @@ def main():
         measure(args, contents)
 
 
-def open_network(path, content, data, args):
-    """-> (network on the device, data normalised as the network was trained).
-
-    Says in one line where --dataset disagrees with NAME.detector.pt.
-    """
-    net = models.load_network(path, len(data.classes), size=args.size)
-    if content:
-        check_digest(path, net, content)
-        differs = []
-        if list(data.classes) != content["classes"]:
-            differs.append("classes (labels are compared by number)")
-        if args.size != content["size"]:
-            differs.append(f"size ({args.size}, trained at {content['size']})")
-        own = data._replace(mean=content["image_mean"], std=content["image_std"])
-        if not torch.allclose(data.mean, own.mean, atol=1e-3):
-            differs.append("mean of the images (the network's own is used)")
-        if differs:
-            print(f"note: --dataset {data.name} is not what {path} was trained on: "
-                  f"{', '.join(differs)}", file=sys.stderr)
-        data = own
-    return models.to_device(net, args.device), data
-
-
 def measure(args, contents):
     """Networks on the benchmark: prints the tables, writes results.json and the picture."""
-    results_path = Path(args.out) / "results.json"
-    if results_path.exists() and '"command": "evaluate.py' not in results_path.read_text(errors="replace"):
-        fail(f"{results_path} holds another program's results: name another folder with --out")
-    suffix = args.plot and Path(args.plot).suffix.lower()
-    if args.plot and (suffix not in (".png", ".pdf", ".svg") or not find_spec("matplotlib")):
-        fail(f"--plot {args.plot}: the file must end in .png, .pdf or .svg, and matplotlib must be "
-             "installed")
+    path = Path(args.out) / "results.json"
+    if path.exists() and '"command": "evaluate.py' not in path.read_text(errors="replace"):
+        fail(f"{path} holds another program's results: name another folder with --out")
+    drawable = args.plot and args.plot.lower().endswith((".png", ".pdf", ".svg"))
+    if args.plot and not (drawable and find_spec("matplotlib")):
+        fail(f"--plot {args.plot}: install matplotlib; the file must end in .png, .pdf or .svg")
     start, columns = time.perf_counter(), {}
     scores = list(SCORES) if args.score == "all" else [args.score]
+    of_train = ("knn",) if all(contents) else ("knn", "fdbd", "micl")  # a detector knows the mean
     lists = Path(args.data_root) / "benchmark_imglist" / args.dataset
     train_list = lists / f"train_{args.dataset}.txt"
-    of_mean = () if all(contents) else ("fdbd", "micl")  # a detector knows the mean
-    if args.score == "all" and args.dataset in NAMED and lists.is_dir() and not train_list.is_file():
-        scores = [score for score in scores if score not in ("knn", *of_mean)]
-        print(f"no {train_list}: {', '.join(('knn', *of_mean))} left out", file=sys.stderr)
-    needs_train = any(score in ("knn", *of_mean) for score in scores)
-    wanted = ["train"] * needs_train + ["test"]
+    listed = args.dataset in NAMED and lists.is_dir()
+    if args.score == "all" and listed and not train_list.is_file():
+        scores = [score for score in scores if score not in of_train]
+        note(f"no {train_list}: {', '.join(of_train)} left out")
+    needs_train = any(score in of_train for score in scores)
+    wanted = ["train", "test"] if needs_train else ["test"]
     if args.dataset in NAMED:
         wanted += [*NAMED[args.dataset][3], *NAMED[args.dataset][4]]
     data = load_set(args.dataset, args.data_root, args.size, wanted, args.ood)
-    if not any(name in data.splits for names in data.groups.values() for name in names):
-        fail(f"no OOD set for {data.name} ({', '.join(data.missing()) or 'none'} missing): name "
-             "folders with --ood")
+    if not set(data.splits) - {"train", "val", "test"}:
+        fail(f"no OOD set of {data.name} is there: name folders with --ood")
     results = {**describe("evaluate.py", args, data), "models": {}}
-    for path, content in zip(args.checkpoints, contents):
-        name = Path(path).stem if Path(path).stem not in results["models"] else path
-        net, own = open_network(path, content, data, args)
-        ref = reference(net, own) if needs_train else {"weight": net.fc.weight.detach().cpu().float()}
+    for file, content in zip(args.checkpoints, contents):
+        name = Path(file).stem if Path(file).stem not in results["models"] else file
+        net, own = open_network(file, content, args.size, args.device, data)
+        ref = reference(net, own)
         if content:
             ref["mean"] = content["mean"]
         results["models"][name], conf = evaluate(net, own, scores, ref)
@@ -961,44 +942,43 @@ def measure(args, contents):
                     if score in ("ebo", "micl", args.score)}
     results["seconds"] = {"total": time.perf_counter() - start}
     print("\n".join(tables([results])))
-    write(results_path, json.dumps(results, indent=1))
+    write(path, json.dumps(results, indent=1))
     if args.plot:
         plot(args.plot, columns, args.threshold_tpr)
-    print(f"written: {results_path}{f', {args.plot}' if args.plot else ''}")
+    print(f"written: {path}{f', {args.plot}' if args.plot else ''}")
 
 
 def flag(args, content, dataset):
     """Prints a CSV: path, predicted class, score, verdict and P(ID) of each image of a folder.
 
-    By the detector's two files alone. The images of the ID set are read for another score or
-    threshold, and for a network that has no NAME.detector.pt.
+    Images of the ID set are read if the detector lacks the score, the threshold, or is not there.
     """
     path, score = args.checkpoints[0], "micl" if args.score == "all" else args.score
-    own = content and score == "micl" and args.threshold_tpr == 0.95
-    if own and not dataset:
-        detector, n_val = load_detector(path, args.device), content["n_val"]
-        threshold, args.size = detector.threshold.item(), detector.size
+    by_detector = content and score == "micl" and args.threshold_tpr == 0.95
+    if by_detector and not dataset:
+        data, args.size = None, content["size"]
+    elif content and not dataset and content["classes"] != SHAPE_CLASSES:
+        fail("another score or threshold needs images of the ID set: name it by --dataset")
     else:
         data = load_set(args.dataset, args.data_root, args.size, ("train", "val"))
-        net, data = open_network(path, content, data, args)
-        content = content or detector_of(net, "", data)
-        detector, n_val = Detector(net, content), len(data.splits["val"][0])
-        threshold = content["threshold"].item()
+    net, data = open_network(path, content, args.size, args.device, data)
+    detector = Detector(net, content or detector_of(net, "", data))
+    threshold, n_val = detector.threshold.item(), detector.n_val
     images, paths, bad = read_folder(args.flag, args.size)
     labels, conf, p_id = detector(images)
-    if not own:
-        ref = {**reference(net, data), "mean": detector.mean}
-        of_val, conf = (SCORES[score](*models.predict(net, of, data.mean, data.std), ref)
-                        for of in (data.splits["val"][0], images))
-        threshold = threshold_at(of_val.double(), args.threshold_tpr)
+    if not by_detector:
+        ref, val = {**reference(net, data), "mean": detector.mean}, data.splits["val"][0]
+        of_val, conf = (SCORES[score](*models.predict(net, some, data.mean, data.std), ref)
+                        for some in (val, images))
+        threshold, n_val = threshold_at(of_val.double(), args.threshold_tpr), len(val)
     rows = [["path", "class", score, "verdict", "p_id"]]
     for name, label, value, p in zip(paths, labels.tolist(), conf.double().tolist(), p_id.tolist()):
         rows.append([name, detector.classes[label], f"{value:.6f}",
                      "ID" if value >= threshold else "OOD", "" if math.isnan(p) else f"{p:.4f}"])
     rows += [[name, "", "", "unreadable", ""] for name in bad]
     csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
-    print(f"threshold {threshold:.6f}: {args.threshold_tpr:.0%} of the {n_val} validation images "
-          "reach it", file=sys.stderr)
+    note(f"threshold {threshold:.6f}: {args.threshold_tpr:.0%} of the {n_val} validation images "
+         "reach it")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,8 @@ def distill(student, teacher):
 def distill_maps(student_maps, teacher_maps):
     """Squared error of feature maps over the teacher's mean square, summed over stages, a scalar.
 
-    Two lists of maps [B, C, H, W]; the two maps of a stage have one shape. These are FitNets'
-    hints (Romero et al., arXiv 1412.6550) without a regressor: the teacher was trained on from
-    the student's start, so that their units correspond.
+    Two lists of maps [B, C, H, W]; the two maps of a stage have one shape. FitNets' hints (Romero
+    et al., arXiv 1412.6550) without a regressor: teacher and student grew from the same weights.
     """
     return sum(F.mse_loss(student.float(), teacher.float()) / teacher.float().square().mean()
                for student, teacher in zip(student_maps, teacher_maps, strict=True))
@@ -39,8 +38,8 @@ class CLUB(nn.Module):
     """Contrastive log-ratio upper bound of the mutual information I(X; Y) (arXiv 2006.12013).
 
     q(y|x) = N(mean(x), diag(var(x))), with the log-variance in [-1, 1] as in the authors' code.
-    The value bounds I(X; Y) if the pairs (x_i, y_i) are *dependent* and q has been fitted to them
-    by maximising `log_likelihood`. Widths of the mean net: x_dim, *deeper, hidden / 2, y_dim.
+    The value bounds I(X; Y) if the pairs (x_i, y_i) are drawn jointly and q has been fitted to them
+    by `log_likelihood`. Widths of the mean net: x_dim, *deeper, hidden / 2, y_dim.
     """
 
     def __init__(self, x_dim, y_dim, hidden, deeper=()):
@@ -97,7 +96,8 @@ class MICL(nn.Module):
 
         critic = MICL.start(id_logits, id_features)      # of the network that is to be trained
         loss = loss + critic(logits, features, is_id)    # its parameters belong in the optimiser
-        confidence = critic.score(logits, features)      # at test time: higher = more ID
+        confidence = critic.score(logits, features)      # higher = more ID; at test time with the
+                                                         # mean of all training features
     """
 
     def __init__(self, mean, a=1.0, tau=0.0):
@@ -108,7 +108,7 @@ class MICL(nn.Module):
 
     @classmethod
     def start(cls, id_logits, id_features):
-        """ID logits [N, C], features [N, D] -> a critic: tau is their 5 % quantile, 1 / a their std."""
+        """ID logits [N, C], features [N, D] -> a critic: tau the 5 % quantile of the ratios, a 1 / std."""
         critic = cls(id_features.float().mean(0))
         ratio = critic.score(id_logits, id_features)
         return cls(critic.mean, 1 / ratio.std().clamp_min(1e-6), ratio.quantile(0.05))

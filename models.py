@@ -1,12 +1,11 @@
 """Networks, many images through them, and their files of weights.
 
-`resnet18` is the network of the OpenOOD v1.5 CIFAR board; its parameters have the names and shapes
-of OpenOOD's `ResNet18_32x32`, so that checkpoints travel both ways. `resnet_small` (1.2 M
-parameters) has one block per stage and half the width, for a laptop; `resnet_tiny` (0.3 M) is for
-the embedded images. For images of 224 each has the stem and the names of torchvision's ResNet.
+`resnet18` has the names and shapes of OpenOOD's `ResNet18_32x32`, so that checkpoints travel both
+ways. `resnet_small` (1.2 M parameters) is for a laptop, `resnet_tiny` (0.3 M) for the embedded
+images. For images of 224 each has the stem and the names of torchvision's ResNet.
 
-A classifier is two halves: `lower` ends with the feature map of stage 2, `upper` goes from there
-to the features. OAL's latents are such maps: they enter between the halves, never as images.
+A classifier has two halves: `lower` ends with the feature map of stage 2, `upper` ends with the
+features. OAL's latents are such maps: they enter between the halves, never as images.
 """
 import math
 import os
@@ -29,12 +28,8 @@ ARCHS = {"resnet18": (2, 64), "resnet_small": (1, 32), "resnet_tiny": (1, 16)}
 
 # --- Networks. ------------------------------------------------------------------------------------
 
-
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016, arXiv 1512.03385, figure 3).
-
-    `shortcut` is the name of the shortcut's module, as the checkpoint's origin spells it.
-    """
+    """Two 3x3 convolutions and a shortcut, a module of the given name (arXiv 1512.03385)."""
 
     def __init__(self, in_width, width, stride, shortcut):
         super().__init__()
@@ -57,9 +52,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Residual network: stem, four stages, mean pool, linear classifier.
 
-    net(x) -> logits [B, C]; net(x, return_feature=True) -> (logits [B, C], features [B, D]),
-    D = 8 * width. Stage 2 has 1 / R of the image's side: R = 2, by a stem of one 3x3 convolution;
-    for images of 224 R = 8, by torchvision's stem, a 7x7 convolution and a pool of stride 2 each.
+    net(x) -> logits [B, C]; net(x, return_feature=True) -> (logits, features [B, 8 * width]).
+    The map of stage 2 has the image's side S over R: R = 2, or 8 with torchvision's stem for 224.
     """
 
     def __init__(self, blocks, width, num_classes, size=32):
@@ -105,10 +99,10 @@ class ResNet(nn.Module):
 
 
 class ViT(VisionTransformer):
-    """torchvision's VisionTransformer (arXiv 2010.11929) with the methods of the ResNet above.
+    """torchvision's VisionTransformer (arXiv 2010.11929) with the ResNet's methods.
 
-    Features [B, D] are the class token. Layers and widths are those of the given state_dict, with
-    heads of 64 numbers as in every ViT up to L. Images are enlarged here, on their device.
+    Its shape is that of the state_dict; a head has 64 numbers, as in every ViT up to L. Features
+    [B, D] are the class token. Images of any size are enlarged.
     """
 
     def __init__(self, state, num_classes):
@@ -130,38 +124,38 @@ class ViT(VisionTransformer):
         return torch.cat([self.class_token.expand(len(x), -1, -1), patches], dim=1)
 
     def upper(self, tokens, return_maps=False):
-        """Tokens [B, 1 + P, D] -> features [B, D], if asked with no maps."""
+        """Tokens [B, 1 + P, D] -> features [B, D]; a ViT has no maps."""
         features = self.encoder(tokens)[:, 0].float()
         return (features, ()) if return_maps else features
 
 
 def build(name, num_classes, size=32):
-    """The ResNet `name`, a key of ARCHS, with fresh weights, for images `size` wide."""
+    """A ResNet with fresh weights for images `size` wide; the name is a key of ARCHS."""
     if name not in ARCHS:
         raise ValueError(f"unknown arch '{name}': choose one of {', '.join(ARCHS)}")
     return ResNet(*ARCHS[name], num_classes, size)
 
 
 def projection(teacher_dim, student_dim):
-    """Teacher features [B, Dt] -> targets [B, Ds] for the student's (`DT` in kd_model.py, released)."""
+    """Teacher features [B, Dt] -> targets [B, Ds] for the student's (released as `DT`)."""
     return nn.Sequential(nn.BatchNorm1d(teacher_dim), nn.Linear(teacher_dim, student_dim),
                          nn.ReLU(), nn.BatchNorm1d(student_dim))
 
 
 # --- Many images through a network. ---------------------------------------------------------------
 
-
 def autocast(device, exact=False):
-    """bf16 autocast where it is faster than float32, else and if `exact` a context without effect.
+    """bf16 autocast where it is faster than float32; without effect elsewhere and if `exact`.
 
-    An Intel CPU needs AMX for that: resnet_small trained on 367 images per second in bf16 on a
-    Xeon without it, on 495 in float32. A torch that does not tell the CPU's abilities: float32.
+    An Intel CPU needs AMX for that: a Xeon without it trained resnet_small at 367 images per
+    second in bf16, at 495 in float32.
     """
     device, faster = torch.device(device), False
     if device.type == "cuda":
-        faster = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        faster = (torch.cuda.is_available()
+                  and torch.cuda.is_bf16_supported(including_emulation=False))
     elif device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch has no such function
         amd = "Intel" not in cpu.get("cpu_name", "") and cpu.get("avx512_bf16", False)
         faster = cpu.get("amx_bf16", False) or amd
     return torch.autocast(device.type, torch.bfloat16, enabled=faster and not exact)
@@ -169,12 +163,13 @@ def autocast(device, exact=False):
 
 def normalize(images, mean, std):
     """uint8 [B, 3, S, S], mean and std [3] -> float32 [B, 3, S, S], channels last."""
-    mean, std = (torch.as_tensor(value, device=images.device)[:, None, None] for value in (mean, std))
+    mean = torch.as_tensor(mean, device=images.device)[:, None, None]
+    std = torch.as_tensor(std, device=images.device)[:, None, None]
     return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def to_device(net, device):
-    """The network on the device, in the memory layout in which convolutions are fastest."""
+    """The network on the device, in the memory layout that is fastest for convolutions."""
     return net.to(device=device, memory_format=torch.channels_last)
 
 
@@ -182,13 +177,12 @@ def to_device(net, device):
 def feature_batches(net, images, mean, std, exact=False):
     """uint8 [N, 3, S, S] -> batches of (stage-2 maps or tokens, features [B, D]), in test mode.
 
-    On the network's device. `exact`: float32 everywhere. FloatingPointError if a feature's square
-    sum is not finite, as it can be with finite weights.
+    On the network's device; `exact`: in float32. FloatingPointError: see check_finite.
     """
     mode, device = net.training, net.fc.weight.device
     net.eval()
     try:
-        for batch in progress("images through the network", images.split(500)):
+        for batch in progress("batches through the network", images.split(500)):
             with autocast(device, exact):
                 maps = net.lower(normalize(batch.to(device), mean, std))
                 features = net.upper(maps)
@@ -200,7 +194,7 @@ def feature_batches(net, images, mean, std, exact=False):
 
 @torch.no_grad()
 def predict(net, images, mean, std, exact=False):
-    """uint8 [N, 3, S, S] -> (logits [N, C], features [N, D]), float32, on the CPU; see feature_batches."""
+    """uint8 [N, 3, S, S] -> (logits [N, C], features [N, D]) in float32 on the CPU."""
     features = [features for _, features in feature_batches(net, images, mean, std, exact)]
     logits = torch.cat([net.classify(batch).cpu() for batch in features])
     check_finite(logits)
@@ -208,24 +202,24 @@ def predict(net, images, mean, std, exact=False):
 
 
 def check_finite(values):
-    """FloatingPointError unless values [B, K] and the sums of their squares are finite."""
+    """FloatingPointError unless the square sums of values [B, K], which scores need, are finite."""
     if not values.square().sum(1).isfinite().all():
         raise FloatingPointError("the network gives outputs that are not finite")
 
 
 @torch.no_grad()
 def renew_statistics(net, images, mean, std):
-    """Sets batch-norm's running statistics to the mean over batches of the images uint8 [N, 3, S, S].
+    """Sets batch-norm's running statistics to their mean over the images, uint8 [N, 3, S, S].
 
-    After few steps the running means still hold those of earlier weights.
+    After few steps the running means are still those of earlier weights.
     """
-    parts = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d)]
+    parts = [part for part in net.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     for part in parts:
         part.reset_running_stats()
         part.momentum = None  # a cumulative mean
     net.train()
     count = math.ceil(len(images) / 500)
-    for i in range(count):    # every count-th image: images are sorted by class
+    for i in range(count):  # every count-th image, as the images are sorted by class
         with autocast(images.device):
             net(normalize(images[i::count], mean, std))
     for part in parts:
@@ -233,9 +227,9 @@ def renew_statistics(net, images, mean, std):
 
 
 def frozen(net, mean, std):
-    """A network as a function x uint8 [B, 3, S, S] -> (logits, features, maps of stages 2, 3, 4).
+    """A network -> a function: x uint8 [B, 3, S, S] -> (logits, features, maps of stages 2 to 4).
 
-    In test mode and without gradient. A function is no submodule: it is neither trained nor saved.
+    In test mode, without gradient. A function is no submodule: it is neither trained nor saved.
     """
     net.eval().requires_grad_(False)
 
@@ -248,7 +242,7 @@ def frozen(net, mean, std):
 
 
 def progress(what, items):
-    """Yields the items of a list; says on stderr how far it is, from the tenth second on."""
+    """Yields the items of a list and says on stderr every ten seconds how far it is."""
     last = time.monotonic()
     for i, item in enumerate(items):
         if time.monotonic() - last > 10:
@@ -259,9 +253,8 @@ def progress(what, items):
 
 # --- Files of weights. ----------------------------------------------------------------------------
 
-
 def fail(message):
-    """Ends the program as every mistake of a user does: one line on stderr, exit status 2."""
+    """Ends the program with one line on stderr and exit status 2: a mistake of the user."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -269,15 +262,17 @@ def fail(message):
 # Other names of weights: pytorch-cifar's, those of timm's ViT, of torchvision's published ViT file.
 RENAMED = {r"^linear\.": "fc.",
            r"^cls_token": "class_token", r"^pos_embed": "encoder.pos_embedding",
-           r"^patch_embed\.proj": "conv_proj", r"^blocks\.(\d+)\.": r"encoder.layers.encoder_layer_\1.",
+           r"^patch_embed\.proj": "conv_proj",
+           r"^blocks\.(\d+)\.": r"encoder.layers.encoder_layer_\1.",
            r"\.norm([12])\.": r".ln_\1.", r"\.attn\.qkv\.": ".self_attention.in_proj_",
            r"\.attn\.proj\.": ".self_attention.out_proj.", r"\.mlp\.(fc|linear_)1\.": ".mlp.0.",
-           r"\.mlp\.(fc|linear_)2\.": ".mlp.3.", r"^norm\.": "encoder.ln.", r"^head\.": "heads.head."}
+           r"\.mlp\.(fc|linear_)2\.": ".mlp.3.", r"^norm\.": "encoder.ln.",
+           r"^head\.": "heads.head."}
 FORMATS = {".onnx": "ONNX", ".npz": "numpy", ".npy": "numpy", ".h5": "HDF5", ".keras": "Keras"}
 
 
 def renamed(state):
-    """A state_dict as our networks name it: without a wrapper's prefix such as 'module.'."""
+    """A state_dict with our names, without a wrapper's prefix such as 'module.'."""
     prefix = os.path.commonprefix([name for name, value in state.items() if value.dim() > 1])
     prefix = prefix[:prefix.rfind(".") + 1]
     state = {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)}
@@ -286,66 +281,68 @@ def renamed(state):
     return state
 
 
-def read_state(path):
-    """A file of weights -> its state_dict, plain or the only one inside a dict, with our names.
-
-    A dict is a state_dict if it holds a convolution; what is no tensor in it is left out.
-    """
-    path = Path(path)
-    if path.suffix in FORMATS:
-        fail(f"{path} is a file of {FORMATS[path.suffix]}: give a state_dict saved by torch.save")
-    # A pickled numpy scalar, such as an accuracy, names numpy's function and type.
-    scalar = np.float64(0).__reduce__()[0]
-    allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    allowed += [np.dtype, *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + "efd"}]
+def read_file(path):
+    """A file of weights -> what was saved in it, on the CPU."""
     try:
         path.open("rb").close()
     except OSError as problem:
         fail(f"no checkpoint {path} ({problem.strerror}): name a file of weights")
+    if path.suffix in FORMATS:
+        fail(f"{path} is a file of {FORMATS[path.suffix]}: give a state_dict saved by torch.save")
+    # A saved numpy scalar, such as an accuracy, names numpy's function and type.
+    scalar = np.float64(0).__reduce__()[0]
+    allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    codes = "?" + np.typecodes["AllInteger"] + "efd"
+    allowed += [np.dtype, *{type(np.dtype(code)) for code in codes}]
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
-            content = load_file(path)
-        else:
-            with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the reason below is enough
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would warn before our line
+            return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         fail(f"{path} needs a package that is not installed: pip install safetensors")
     except Exception as problem:  # a text file, a truncated archive, a pickle of other objects
         foreign = re.search(r"GLOBAL (\S+)", str(problem))
-        reason = ("TorchScript" if "TorchScript" in str(problem) else
-                  f"it needs the code of {foreign[1]}" if foreign else "cut short, or text")
+        reason = f"it needs the code of {foreign[1]}" if foreign else "cut short, or text"
+        if "TorchScript" in str(problem):
+            reason = "TorchScript"
         fail(f"{path} is not a file of weights ({reason}): give a state_dict saved by torch.save")
-    found = {}
-    parts = {"": content, **content} if isinstance(content, dict) else {}
-    for key, part in parts.items():
-        tensors = {str(name): value for name, value in part.items() if torch.is_tensor(value)
-                   } if isinstance(part, dict) else {}
-        if any(value.dim() == 4 for value in tensors.values()):
-            found[key] = tensors
+
+
+def read_state(path):
+    """A file of weights -> its state_dict with our names.
+
+    The file is a dict, a state_dict or with one state_dict inside: a dict of tensors that has a
+    convolution. What is no tensor in it is left out.
+    """
+    content, found = read_file(Path(path)), {}
+    for key, part in {"": content, **content}.items() if isinstance(content, dict) else ():
+        if isinstance(part, dict):
+            tensors = {str(name): value for name, value in part.items() if torch.is_tensor(value)}
+            if any(value.dim() == 4 for value in tensors.values()):
+                found[key] = tensors
     if len(found) != 1:
         held = ", ".join(map(str, found)) or "no state_dict of a network"
         fail(f"{path} holds {held}: give a file of one dict of tensors")
     state = renamed({name: value.to_dense() for name, value in found.popitem()[1].items()})
     for name, value in state.items():
-        odd = value.is_meta or value.is_complex()
-        if odd or value.is_floating_point() and not value.isfinite().all():
+        if value.is_meta or value.is_complex() or not value.isfinite().all():
             fail(f"{path} holds weights that are not finite numbers ({name}): train it again")
     return state
 
 
 def load_network(path, num_classes, arch=None, size=32):
-    """A file of weights -> the network on the CPU in test mode; ends the program if it does not fit.
+    """A file of weights -> the network on the CPU in test mode.
 
-    The arch is read from the first convolution, and must be `arch` where that is given.
+    The first convolution tells the arch, which must be `arch` if that is given.
     """
     state = read_state(path)
     first = state["conv1.weight"].shape if "conv1.weight" in state else ()
-    kind = "ViT" if "conv_proj.weight" in state else None
-    for name, (_, width) in ARCHS.items():
-        if first[:1] == (width,):
-            kind = name
+    kinds = {width: name for name, (_, width) in ARCHS.items()}
+    kind = kinds.get(first[0]) if first else None
+    kind = "ViT" if "conv_proj.weight" in state else kind
     if kind is None or arch and arch != kind:
         expected = arch or f"{', '.join(ARCHS)} or a ViT"
         fail(f"{path} is a checkpoint of {kind or 'an unknown arch'}: expected {expected}")
@@ -369,9 +366,9 @@ def load_network(path, num_classes, arch=None, size=32):
 
 
 def load_imagenet_vit(num_classes, folder):
-    """ViT-B/16 with torchvision's ImageNet weights and a new head of zeros.
+    """ViT-B/16 with torchvision's ImageNet weights, from the folder or downloaded into it.
 
-    The file is looked for in the folder and downloaded there; ends the program without it.
+    The new head is zero. Ends the program without the weights.
     """
     url = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.url
     path = Path(folder) / os.path.basename(url)

@@ -1,4 +1,4 @@
-"""Outliers from the training set alone: in feature space, and as latents that a diffusion model draws.
+"""Outliers: boundary features, and latents that a diffusion model draws under them.
 
     python synthesize.py runs/cifar100/ce.pt --dataset cifar100 --data-root DIR --out outliers.pt
 
@@ -110,8 +110,7 @@ BATCH = 256  # latents per step of the diffusion model's training
 def fit_codec(maps):
     """Maps [N, C, H, W] -> codec {mean [P], basis [L, P] orthonormal, scale []}, P = C H W.
 
-    L = 256, or less: directions in which the maps hardly differ are left out. By the Gram matrix of
-    the maps, N x N: exact.
+    L = 256 principal components, or fewer: none of negligible variance. Exact, by the Gram matrix.
     """
     x = maps.float().flatten(1)                                                           # [N, P]
     mean, energy = x.mean(0), x.square().sum().item()
@@ -267,16 +266,14 @@ def outlier_maps(maps, outliers, draws, noise=None):
 
     draws choose a latent, a host among the images, and 0 to 2 times the contrast of the latent and
     of the host's detail. With a generator `noise`, the row to beat: the host plus Gaussian noise as
-    strong as the maps, no latent. A real map has passed a ReLU: none has a value below 0.
+    strong as the maps, no latent.
     """
     latents, (chosen, host, contrast, detail) = outliers["latent"], draws.T
     hosts = maps.detach()[(host * len(maps)).long()].float()
     if noise:
-        found = hosts + hosts.std() * torch.randn(hosts.shape, generator=noise, device=hosts.device)
-    else:
-        codes = 2 * contrast[:, None] * latents[(chosen * len(latents)).long()]
-        found = transplant(codes, hosts, outliers, 2 * detail[:, None, None, None])
-    return found.relu()
+        return hosts + hosts.std() * torch.randn(hosts.shape, generator=noise, device=hosts.device)
+    codes = 2 * contrast[:, None] * latents[(chosen * len(latents)).long()]
+    return transplant(codes, hosts, outliers, 2 * detail[:, None, None, None])
 
 
 # --- Optional: Stable Diffusion v1 in place of the diffusion model above, by diffusers, as released

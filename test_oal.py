@@ -88,10 +88,10 @@ def ended(main, capsys):
 def tiny(monkeypatch):
     """The embedded images, few of them, and a short diffusion, for whole runs in seconds."""
     monkeypatch.setattr(evaluate, "SHAPES_SIZES", {
-        "train": 300, "val": 60, "test": 80, "held_out": 60, "noise": 40, "stripes": 40, "flat": 40,
-        "gradient": 40, "blobs": 40})
+        **dict.fromkeys(evaluate.SHAPE_FAR, 40), "train": 150, "val": 60, "test": 80, "held_out": 60})
     monkeypatch.setitem(train.TIERS, "resnet_tiny", dict(
-        train.TIERS["resnet_tiny"], per_class=4, diffusion_steps=10, ce_epochs=2, teacher_epochs=2, oal_epochs=2))
+        train.TIERS["resnet_tiny"], batch=32, per_class=4, diffusion_steps=10, ce_epochs=2, teacher_epochs=2,
+        oal_epochs=2))                                                # 5 steps an epoch
     monkeypatch.setattr(train, "MIN_STEPS", 1)
     monkeypatch.setattr(train, "CHECKPOINT_STEPS", 1)
 
@@ -1709,7 +1709,7 @@ def test_the_best_epoch_is_kept_also_over_an_interruption(tiny, tmp_path, monkey
         def forward(self, x, y, g):
             calls.append(1)
             return super().forward(x, y if len(calls) <= 5 else 1 - y, g)
-    options = dict(recipe="released", batch=64, epochs=3, oal_lr=0.05, seed=0, crop=1)
+    options = dict(recipe="released", batch=32, epochs=3, oal_lr=0.05, seed=0, crop=1)
     run = train.Run(options, 0, tmp_path, {"oal": 0.0})
     train.save_checkpoint(run, {"stage": "claim"})
     save = train.save_checkpoint
@@ -1794,9 +1794,9 @@ def test_a_step_of_the_student(monkeypatch):
 
 
 def test_outlier_maps():
-    """Each is a latent and its host's detail, both scaled at random, and like a real map nowhere below 0."""
-    maps, n = torch.randn(40, 4, 16, 16, generator=rng()) + 40, 32                         # too high to be cut at 0
-    codec = synthesize.fit_codec(torch.randn(9, 4, 16, 16, generator=rng(3)) + 40)
+    """Each is a latent and its host's detail, both scaled at random."""
+    maps, n = torch.randn(40, 4, 16, 16, generator=rng()), 32
+    codec = synthesize.fit_codec(torch.randn(9, 4, 16, 16, generator=rng(3)))
     outliers, draws = {"latent": torch.randn(9, 8, generator=rng(1)), **codec}, torch.rand(n, 4, generator=rng(2))
     drawn = synthesize.outlier_maps(maps, outliers, draws)
     codes, shape = synthesize.encode(drawn, outliers), maps.shape[1:]
@@ -1807,16 +1807,12 @@ def test_outlier_maps():
         assert parts.shape[0] == n and cosine.min() > 0.99 and len(which.unique()) > 4
         assert 0 <= ratio.min() < 0.3 and 1.7 < ratio.max() <= 2.001 and len(ratio.unique()) == n
     ends = synthesize.outlier_maps(maps, outliers, torch.tensor([[0.0] * 4, [1 - 2 ** -24] * 4]))  # the ends of 0..1
-    assert torch.allclose(synthesize.encode(ends, outliers)[1], 2 * outliers["latent"][8], atol=1e-2)
+    assert torch.allclose(synthesize.encode(ends, outliers)[1], 2 * outliers["latent"][8], atol=1e-3)
     noise = synthesize.outlier_maps(maps, outliers, draws, rng(4))
     other = {**outliers, "latent": outliers["latent"] + 1}
     assert synthesize.outlier_maps(maps, other, draws, rng(4)).equal(noise)                # noise knows no latents
     hosts = maps[(draws[:, 1] * 40).long()]
     assert abs((noise - hosts).std() / hosts.std() - 1) < 0.05
-    low = {**outliers, "mean": outliers["mean"] - 40}
-    free = synthesize.transplant(2 * draws[:, 2:3] * outliers["latent"][(draws[:, 0] * 9).long()], hosts - 40, low,
-                                 2 * draws[:, 3][:, None, None, None])
-    assert free.min() < 0 and torch.allclose(synthesize.outlier_maps(maps - 40, low, draws), free.relu(), atol=1e-4)
 
 
 def test_the_cuda_path_without_a_gpu(monkeypatch):
@@ -1883,8 +1879,8 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
 
 
 def test_resnet18_takes_three_steps_of_each_stage(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "SHAPES_SIZES", {**dict.fromkeys(evaluate.SHAPES_SEEDS, 4), "train": 48, "val": 8})
-    monkeypatch.setitem(train.TIERS, "resnet18", dict(train.TIERS["resnet18"], per_class=2, diffusion_steps=3, batch=16,
+    monkeypatch.setattr(evaluate, "SHAPES_SIZES", {**dict.fromkeys(evaluate.SHAPES_SEEDS, 4), "train": 40})
+    monkeypatch.setitem(train.TIERS, "resnet18", dict(train.TIERS["resnet18"], per_class=2, diffusion_steps=3, batch=14,
                                                       ce_epochs=1, teacher_epochs=1, oal_epochs=1))
     monkeypatch.setattr(train, "MIN_STEPS", 3)
     monkeypatch.setattr(sys, "argv", [*"train.py --arch resnet18 --device cpu --out".split(), str(tmp_path / "a")])
@@ -1967,7 +1963,7 @@ def test_a_vit_teaches(tiny, tmp_path, monkeypatch, capsys):
     assert kept == ["ViT"]
     tuned = load(a / "teacher.pt")
     moved = {name: (value - (0 if "head" in name else state[name])).abs().max() for name, value in tuned.items()}
-    rate = sum(0.5 * (1 + math.cos(math.pi * t / 5)) for t in range(5))                 # 5 steps of 64 images
+    rate = sum(0.5 * (1 + math.cos(math.pi * t / 5)) for t in range(5))                 # 5 steps of 32 images
     for name, most in moved.items():  # a step of Adam is at most a little over its rate, at first exactly that
         lr = 1e-4 if "head" in name else 1e-6
         assert 0.5 * lr < most < 1.2 * rate * lr, name
@@ -2724,12 +2720,12 @@ def test_a_row_of_the_tables_is_a_label_over_its_seeds(tmp_path, monkeypatch, ca
         "| 39.0±1.0 / 38.0±1.0 / 37.0±1.0 |",
         "| OAL | 3 | 2.0±0.0 | 62.0±2.0 | 72.0±2.0 / 73.0±2.0 / 74.0±2.0 | 28.0±2.0 / 27.0±2.0 / 26.0±2.0 |",
         "| `--w-kd 0` | 2 | 2.0±0.0 | 55.5±0.7 | 65.5±0.7 / 66.5±0.7 / 67.5±0.7 | 34.5±0.7 / 33.5±0.7 / 32.5±0.7 |",
-        "| start: given by --ce | 1 |  | 45.0 | 55.0 / 56.0 / 57.0 | 45.0 / 44.0 / 43.0 |",
+        "| start | 1 |  | 45.0 | 55.0 / 56.0 / 57.0 | 45.0 / 44.0 / 43.0 |",
         "| `--outliers noise` | 1 | 2.0 | 57.0 | 67.0 / 68.0 / 69.0 | 33.0 / 32.0 / 31.0 |", "",
         "| AUROC | svhn (10) |", "|---|---|",
         "| start: cross-entropy, 9 epochs | 71.0±1.0 / 72.0±1.0 / 73.0±1.0 |",
         "| OAL | 82.0±2.0 / 83.0±2.0 / 84.0±2.0 |",
-        "| `--w-kd 0` | 75.5±0.7 / 76.5±0.7 / 77.5±0.7 |", "| start: given by --ce | 65.0 / 66.0 / 67.0 |",
+        "| `--w-kd 0` | 75.5±0.7 / 76.5±0.7 / 77.5±0.7 |", "| start | 65.0 / 66.0 / 67.0 |",
         "| `--outliers noise` | 77.0 / 78.0 / 79.0 |", "", "missing, in no mean: places365"]
 
 

@@ -48,8 +48,8 @@ TIERS = {
                          crop=1, per_class=50, diffusion_steps=1000),
     "resnet_tiny": dict(ce_epochs=9, teacher_epochs=7, oal_epochs=8, oal_lr=0.01, batch=64,
                         crop=1, per_class=50, diffusion_steps=1000)}
-# A stage of fewer than MIN_STEPS gets more epochs, unless --epochs says how many; one of fewer than
-# twice as many ends with new batch-norm statistics. Epochs of fewer steps share a checkpoint.
+# Each stage has at least MIN_STEPS steps, unless --epochs is given. After fewer than 2 MIN_STEPS the
+# batch-norm statistics are computed anew. Checkpoints are at least CHECKPOINT_STEPS apart.
 MIN_STEPS, CHECKPOINT_STEPS = 200, 20
 # Weights of the student's losses beside cross-entropy. 'released': those of the paper's code.
 RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_boundary=0.0, w_latent=1.0),
@@ -57,14 +57,14 @@ RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_boundary=0.0, w_latent=1.0),
                             oal_lr=0.005, oal_epochs=100)}
 # The ViT teacher is fine-tuned by Adam, as released.
 VIT = dict(epochs=50, lr=1e-6, head_lr=1e-4)
-# What the optimiser does otherwise for an objective's other parts: as released; MICL's a and tau.
+# SGD settings of the released projection and CLUBs, and of MICL's a and tau.
 PARTS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(lr=1e-4),
          "critic": dict(weight_decay=0.0)}
 
 
 class Run(NamedTuple):
-    """What a run is and where it writes; `seconds` alone changes."""
-    options: dict   # what decides the weights
+    """What a run is, where it writes, what it has used."""
+    options: dict   # what decides the weights, beside the images
     digest: int     # of the training images and labels
     out: Path       # None: nothing is printed or written, as in the benchmark
     seconds: dict   # used so far, by stage
@@ -118,8 +118,7 @@ def main():
 
 
 # --- Objectives. objective(x, y, g) -> (loss, its terms {name: scalar}) for images x uint8
-# [B, 3, S, S], labels y int64 [B] and a generator g. What is trained is a submodule; `net` is the
-# network.
+# [B, 3, S, S], labels y int64 [B] and a generator g. Its submodules are trained, among them `net`.
 
 
 class CrossEntropy(nn.Module):
@@ -150,12 +149,11 @@ class OAL(nn.Module):
         self.noise = options["outliers"] == "noise"
         if teacher is not None:
             self.teacher = models.frozen(teacher, *self.scale)
-            first = getattr(getattr(teacher, "conv1", None), "weight", None)
-            if first is None or first.shape != net.conv1.weight.shape:
+            if isinstance(teacher, models.ViT) or teacher.fc.in_features != net.fc.in_features:
                 self.projection = models.projection(teacher.fc.in_features, net.fc.in_features)
-        if outliers:
+        if self.w["latent"]:
             images, _ = data.splits["train"]
-            some = images[::max(1, len(images) // 5000)]  # of all classes, by which lists are sorted
+            some = images[::max(1, len(images) // 5000)]  # a spread: lists are sorted by class
             self.critic = losses.MICL.start(*models.predict(net, some, *self.scale))
 
     def forward(self, x, y, g):
@@ -282,18 +280,17 @@ def draw(outliers, n, g):
 
 
 def train(stage, objective, data, run):
-    """Trains objective.net and the objective's other parts in place for the stage of that name.
+    """Trains the objective's submodules in place, for the stage of that name.
 
-    By SGD, a ViT by Adam, with a cosine per step to 0. With --recipe released, and for a ViT, the
-    network ends as that of its best epoch on the validation images. After each epoch, in a small set
-    after several, and where SIGINT or SIGTERM comes, checkpoint.pt is saved: a resumed run goes on
-    from there.
+    By SGD, a ViT by Adam, with a cosine per step to 0. The released recipe and a ViT keep the best
+    epoch on the validation images. checkpoint.pt is saved after each epoch, of a small set after
+    several, and at SIGINT or SIGTERM; a resumed run goes on from there.
     """
     options, net, (images, labels) = run.options, objective.net, data.splits["train"]
     net.requires_grad_()
     models.to_device(objective, images.device).train()
     batch = min(options["batch"], len(images))
-    per_epoch = (len(images) - 2 * processes()) // batch + 1  # a rest too small for batch-norm is left out
+    per_epoch = (len(images) - 2 * processes()) // batch + 1  # no batch of 1 image
     epochs = options["epochs"] or max(options[f"{stage}_epochs"], math.ceil(MIN_STEPS / per_epoch))
     steps, step, order, best = epochs * per_epoch, 0, None, {"accuracy": -1.0}
     period = per_epoch * math.ceil(CHECKPOINT_STEPS / per_epoch)
@@ -311,13 +308,13 @@ def train(stage, objective, data, run):
         step, order, best = saved["step"], saved["order"].to(images.device), saved["best"]
     engine = parallel(objective, images.device)
 
-    begun, unread = time.perf_counter(), []  # losses of the last steps: to read them is to wait
+    begun, pending = time.perf_counter(), []  # losses not read yet: to read is to wait for the device
     with noted_signals(run.out and processes() == 1) as signals:
         while step < steps and not signals:
-            i = step % per_epoch
-            if i == 0:
+            batch_index = step % per_epoch
+            if batch_index == 0:
                 order = torch.randperm(len(images), generator=g, device=images.device)
-            index = order[i * batch:(i + 1) * batch]
+            index = order[batch_index * batch:(batch_index + 1) * batch]
             x, y = share(augment(images[index], options["crop"], g)), share(labels[index])
             loss, terms = engine(x, y, g)
             optimizer.zero_grad()
@@ -327,26 +324,26 @@ def train(stage, objective, data, run):
             step += 1
 
             terms = {name: term for name, term in terms.items() if torch.is_tensor(term)}
-            unread.append(torch.stack([term.detach() for term in (*terms.values(), loss)]))
+            pending.append(torch.stack([term.detach() for term in (*terms.values(), loss)]))
             period_ends = step % period == 0 or step == steps
             if not (period_ends or signals or step % 100 == 0):
                 continue
-            read, elapsed = torch.stack(unread).tolist(), time.perf_counter() - begun
-            check_losses(stage, step - len(read), [*terms, "sum"], read)
+            values, elapsed = torch.stack(pending).tolist(), time.perf_counter() - begun
+            check_losses(stage, step - len(values), [*terms, "sum"], values)
             run.seconds[stage] += elapsed
             if is_first() and run.out:
-                means = [sum(column) / len(read) for column in zip(*read)]
+                means = [sum(column) / len(values) for column in zip(*values)]
                 shown = "  ".join(f"{name} {mean:.3f}" for name, mean in zip(terms, means))
-                print(f"{stage}: epoch {(step - 1) // per_epoch + 1}/{epochs}, step {i + 1}/{per_epoch}"
-                      f", {shown}, {len(read) * batch / elapsed:.0f} images/s, "
-                      f"{(steps - step) * elapsed / len(read):.0f} s left", flush=True)
+                print(f"{stage}: epoch {(step - 1) // per_epoch + 1}/{epochs}, step "
+                      f"{batch_index + 1}/{per_epoch}, {shown}, {len(values) * batch / elapsed:.0f} images/s, "
+                      f"{(steps - step) * elapsed / len(values):.0f} s left", flush=True)
             if period_ends and (options["recipe"] == "released" or isinstance(net, models.ViT)):
                 best = better(best, net, data, exact=isinstance(objective, Released))
             if run.out and (period_ends or signals):
                 save_checkpoint(run, {
                     "stage": stage, "step": step, "order": order, "best": best,
                     "generator": g.get_state(), **{name: part.state_dict() for name, part in state.items()}})
-            begun, unread = time.perf_counter(), []
+            begun, pending = time.perf_counter(), []
         if signals:
             print(f"stopped at {stage} step {step}: go on by the same command and --resume",
                   file=sys.stderr)
@@ -440,6 +437,8 @@ def join_processes(device):
             raise ValueError(f"RANK {rank} of WORLD_SIZE {world}")
         if world > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torch.distributed delays Python's handlers
+            if device.startswith("cuda:"):
+                raise ValueError(f"--device {device} is one GPU for all")
             if device == "cuda":
                 device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(device)
@@ -565,7 +564,7 @@ def claim(args, data):
         except FileExistsError:  # a run that began at the same moment was faster
             held = ["checkpoint.pt"]
         except OSError:  # a full disk
-            path.unlink()
+            path.unlink(missing_ok=True)
             raise
     if held:
         resume = ", or go on with --resume" if "checkpoint.pt" in held else ""
@@ -652,8 +651,8 @@ def report(args, run, data, nets, teacher):
 def benchmark(out, options, data, net, teacher):
     """Images per second of each kind of step -> prints and writes benchmark.json.
 
-    Each is timed four times in turn, and the best but the first counts. A ratio is the time of our
-    step over the sum of its bare parts, measured beside it: 1.0 is a step without overhead.
+    Each is the best of three after a warm-up. A ratio is the time of our step over the sum of its
+    bare parts, measured beside it: 1.0 is a step without overhead.
     """
     options = {**options, "epochs": 1}
     images, labels = data.splits["train"]
@@ -757,15 +756,15 @@ def parse_args():
     options = {name: getattr(args, name) for name in
                ("dataset", "size", "seed", "arch", "epochs", "ce", "teacher", "recipe", "peer", "outliers")}
     options |= brought | {name: getattr(args, name) for name in weights}
+    # A checkpoint holds the state of one kind of device and of one number of processes.
+    options |= {"device": args.device.split(":")[0], "processes": os.environ.get("WORLD_SIZE") or "1"}
     args.options = options
-    # A row's name in tables: what is not the default. Files and seeds make no other row.
-    shown = {"recipe": "oal", "peer": None, "epochs": None, "outliers": "diffusion", "teacher": None,
-             **brought}
-    named = [name for name in ("recipe", "peer", "epochs", "teacher", "outliers", *weights)
-             if options[name] != shown[name]
+    # A row's name in tables: what is not the default, but for seeds and files.
+    words = [f"--{name} {options[name]}" for name in ("recipe", "peer", "epochs", "teacher", "outliers")
+             if options[name] not in (None, "oal", "diffusion")
              and (name not in ("teacher", "outliers") or options[name] in ("vit_b_16", "noise"))]
-    words = [f"--{name.replace('_', '-')} {options[name]:g}" if isinstance(options[name], float) else
-             f"--{name} {options[name]}" for name in named]
+    words += [f"--{name.replace('_', '-')} {options[name]:g}" for name in weights
+              if options[name] != brought[name]]
     args.label = f"`{' '.join(words)}`" if words else "OAL"
     args.out = Path(args.out or f"runs/{os.path.basename(os.path.abspath(args.dataset))}")
     return args
