@@ -1843,6 +1843,11 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
     monkeypatch.setattr(models, "check_finite", lambda values: None)                          # fake ones have no value
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, *words, **more: tensor)
     cuda = torch.device("cuda")
+    try:
+        with FakeTensorMode():
+            torch.zeros(1).to(cuda)
+    except RuntimeError:
+        pytest.skip("this torch asks for a driver even where tensors are fake")
     with FakeTensorMode(allow_non_fake_inputs=True):
         net, teacher, wide = (models.build(one, 8).to(cuda) for one in ("resnet_tiny", "resnet_tiny", "resnet_small"))
         vit = models.ViT(torchvision.models.VisionTransformer(**SMALL_VIT).state_dict(), 8).to(cuda)
@@ -1997,7 +2002,7 @@ def test_a_vit_teaches(tiny, tmp_path, monkeypatch, capsys):
 
 def test_at_224_the_whole_method_runs(tiny, tmp_path, monkeypatch, capsys):
     """Train, measure again, draw outliers again; a network for 224 is not taken for one for 32, nor the reverse."""
-    monkeypatch.setattr(evaluate, "SHAPES_SIZES", {name: n // 6 for name, n in evaluate.SHAPES_SIZES.items()})
+    monkeypatch.setattr(evaluate, "SHAPES_SIZES", {**dict.fromkeys(evaluate.SHAPES_SEEDS, 10), "train": 48})
     tiny(tmp_path / "a", "--size", 224, "--epochs", 1)
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert results["options"]["size"] == 224
