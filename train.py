@@ -681,8 +681,8 @@ def benchmark(out, options, data, net, teacher):
                 optimizer.step()
 
     def teach():
-        with torch.no_grad(), models.autocast(images.device):
-            for _ in range(n // batch):
+        for _ in range(n // batch):
+            with torch.no_grad(), models.autocast(images.device):
                 teacher(x)
 
     parts = {"bare": lambda: bare(lambda: F.cross_entropy(net(x), y)),
