@@ -16,9 +16,8 @@ import torch.nn.functional as F
 def distill(student, teacher):
     """KL(softmax(teacher) || softmax(student)) in nats, mean over the batch, a scalar.
 
-    Logits [B, C]. The released recipe, and a teacher of another shape, also distil features
-    [B, D], with a softmax over their units; the gradient then reaches the projection of the
-    teacher's features too. Temperature 1, as in openood/trainers/oal_trainer.py of the release.
+    Logits [B, C]; or features [B, D], as in the released recipe, where the gradient reaches the
+    projection of the teacher's features too. Temperature 1 (openood/trainers/oal_trainer.py).
     """
     student, teacher = student.log_softmax(1), teacher.log_softmax(1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -39,7 +38,8 @@ class CLUB(nn.Module):
 
     q(y|x) = N(mean(x), diag(var(x))), with the log-variance in [-1, 1] as in the authors' code.
     The value bounds I(X; Y) if the pairs (x_i, y_i) are drawn jointly and q has been fitted to them
-    by `log_likelihood`. Widths of the mean net: x_dim, *deeper, hidden / 2, y_dim.
+    by `log_likelihood`. For independent pairs, as in the release, the value and its gradient have
+    expectation zero. Widths of the mean net: x_dim, *deeper, hidden / 2, y_dim.
     """
 
     def __init__(self, x_dim, y_dim, hidden, deeper=()):
@@ -71,15 +71,6 @@ class CLUB(nn.Module):
         return -0.5 * (squared + log_var + math.log(2 * math.pi)).sum(1).mean()
 
 
-def micl_released(club, outliers, features):
-    """MICL as released: CLUB of features [B, D] and *independently drawn* outliers [B, O].
-
-    For independent pairs the two means of the bound have the same expectation, whatever q and the
-    features are: the term and its gradient are noise of expectation zero (README, 'Audit').
-    """
-    return club(outliers, features)
-
-
 class MICL(nn.Module):
     """Mutual-information contrast: a lower bound of I(h; Z), whose critic is the OOD detector.
 
@@ -108,7 +99,7 @@ class MICL(nn.Module):
 
     @classmethod
     def start(cls, id_logits, id_features):
-        """ID logits [N, C], features [N, D] -> a critic: tau the 5 % quantile of the ratios, a 1 / std."""
+        """ID logits [N, C], features [N, D] -> a critic; tau: 5 % quantile of the ratios, a: 1 / std."""
         critic = cls(id_features.float().mean(0))
         ratio = critic.score(id_logits, id_features)
         return cls(critic.mean, 1 / ratio.std().clamp_min(1e-6), ratio.quantile(0.05))
@@ -133,9 +124,9 @@ class MICL(nn.Module):
         if self.training:
             id_mean = (features.detach().float() * is_id[:, None]).sum(0) / n_id
             self.mean.lerp_(id_mean, 0.1)
-        log_odds = self.log_a.exp() * (self.score(logits, features) - self.tau)  # [B], q(1|h) / q(0|h)
-        nll = F.softplus(torch.where(is_id, -log_odds, log_odds))                # [B], -log q(Z|h)
-        weight = torch.where(is_id, 0.5 / n_id, 0.5 / n_outliers)                # both halves alike
+        log_odds = self.log_a.exp() * (self.score(logits, features) - self.tau)  # [B]
+        nll = F.softplus(torch.where(is_id, -log_odds, log_odds))  # [B], -log q(Z|h)
+        weight = torch.where(is_id, 0.5 / n_id, 0.5 / n_outliers)  # both kinds weigh the same
         return (nll * weight).sum() - math.log(2)
 
 

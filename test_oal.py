@@ -1211,8 +1211,7 @@ def test_released_micl_has_a_gradient_of_expectation_zero_and_micl_has_not():
     weight, critic = torch.randn(5, 6, generator=rng(99)).requires_grad_(), losses.MICL(torch.ones(6), 2.0, 0.5).eval()
 
     def released(w, g):
-        return losses.micl_released(club, torch.randn(64, 5, generator=g) + 1,
-                                    (torch.randn(64, 5, generator=g) @ w).relu())
+        return club(torch.randn(64, 5, generator=g) + 1, (torch.randn(64, 5, generator=g) @ w).relu())
 
     def dependent(w, g):  # the outlier is grown from the image it is paired with
         x = torch.randn(64, 5, generator=g)
@@ -1509,8 +1508,7 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
     tiny(tmp_path / "a")
     first = contents(tmp_path / "a")
 
-    # Interrupted after the first epoch of each stage and after the last of all, as a killed process leaves it, and by
-    # a signal in the middle of an epoch, whose step is finished.
+    # Killed after the first epoch of each stage and after the last of all.
     save, stops = train.save_checkpoint, [("ce", 5), ("teacher", 5), ("synthesize", None), ("oal", 5), ("oal", 10)]
     def killed(run, state):
         save(run, state)
@@ -1518,19 +1516,9 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
             stops.remove((state["stage"], state.get("step")))
             raise RuntimeError("killed")
     monkeypatch.setattr(train, "save_checkpoint", killed)
-    augment, calls = train.augment, []
-    def signalled(*words):
-        calls.append(1)
-        if len(calls) in (2, 14):
-            signal.raise_signal(signal.SIGTERM if len(calls) == 2 else signal.SIGINT)
-        return augment(*words)
-    monkeypatch.setattr(train, "augment", signalled)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    for i, status in enumerate((143, None, 130, None, None, None, None)):
-        with pytest.raises(SystemExit if status else RuntimeError) as stop:
+    for i in range(5):
+        with pytest.raises(RuntimeError, match="killed"):
             tiny(tmp_path / "c", *["--resume"] * (i > 0))
-        assert not status or stop.value.code == status and "--resume" in capsys.readouterr().err
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     tiny(tmp_path / "c", "--resume")
     assert not stops
     assert_same(first, contents(tmp_path / "c"))
@@ -1563,26 +1551,8 @@ def test_whole_run_twice_and_resumed_to_the_same_bits(tiny, tmp_path, monkeypatc
     assert_same(first, contents(tmp_path / "a"))
 
 
-def test_signals(tmp_path):
-    """A second one acts at once; one after the last step is not lost; an exception leaves no handler behind."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt), train.noted_signals(True) as signals:
-            signal.raise_signal(signal.SIGINT)
-            assert signals == [signal.SIGINT]
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(SystemExit) as stop, train.noted_signals(True):
-            signal.raise_signal(signal.SIGINT)
-        assert stop.value.code == 130
-        with pytest.raises(ValueError), train.noted_signals(True):
-            raise ValueError
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def test_each_stage_has_epochs_of_its_own(tiny, tmp_path, monkeypatch, capsys):
-    """Those of the arch, or more in a small set, or the command line's; the run ends with what it changed."""
+    """Those of the arch, or more in a small set, or the command line's."""
     train.TIERS["resnet_tiny"].update(ce_epochs=2, teacher_epochs=3, oal_epochs=1)                 # tiny restores them
     for words, least, expected in (((), 9, (2, 3, 2)), (("--epochs", "1"), 99, (1, 1, 1))):
         monkeypatch.setattr(train, "MIN_STEPS", least)                              # 5 steps an epoch
@@ -1591,13 +1561,6 @@ def test_each_stage_has_epochs_of_its_own(tiny, tmp_path, monkeypatch, capsys):
         said = [line.split(", ")[0] for line in lines if ": epoch" in line]
         assert said == [f"{stage}: epoch {i + 1}/{n}"
                         for stage, n in zip(("ce", "teacher", "oal"), expected) for i in range(n)]
-    found = json.loads((tmp_path / "99" / "results.json").read_text())["models"]
-    first = next(i for i, line in enumerate(lines) if line.startswith("accuracy "))
-    values = [(found["ce"]["id_acc"], found["oal"]["id_acc"]),
-              *((found["ce"]["scores"]["ebo"][group]["auroc"], found["oal"]["scores"]["micl"][group]["auroc"])
-                for group in ("near", "far"))]
-    for line, (before, after) in zip(lines[first:first + 3], values):
-        assert f"{before:6.2f} -> {after:6.2f} " in line
 
 
 def test_epochs_of_few_steps_share_a_checkpoint(tiny, tmp_path, monkeypatch):
@@ -1655,10 +1618,10 @@ def test_the_released_recipe_is_that_of_released_md(tiny, tmp_path, monkeypatch)
     groups, sgd = [], torch.optim.SGD
     monkeypatch.setattr(torch.optim, "SGD", lambda given, **more: groups.append(([*map(dict, given)], more))
                         or sgd(given, **more))
-    kept, better = [], train.better                      # the stages of which the best epoch is kept, and how exactly
-    monkeypatch.setattr(train, "better", lambda *words, exact: kept.append(exact) or better(*words, exact))
+    kept, better = [], train.better                                               # a call for each stage
+    monkeypatch.setattr(train, "better", lambda *words: kept.append(1) or better(*words))
     tiny(tmp_path / "a", "--recipe", "released", "--epochs", 1)
-    assert kept == [False, False, True]                  # the start's in bf16 as it is trained, the student's in float32
+    assert len(kept) == 3
     tiny(tmp_path / "ours", "--epochs", 1)
     assert len(kept) == 3
     given, rates = groups[2]                             # projection and two CLUBs stand beside the network
@@ -1961,8 +1924,8 @@ def test_a_vit_teaches(tiny, tmp_path, monkeypatch, capsys):
     state = torchvision.models.VisionTransformer(**SMALL_VIT, num_classes=1000).state_dict()
     torch.save(published(state), tmp_path / "vit_b_16-c867db91.pth")
     kept, better = [], train.better
-    monkeypatch.setattr(train, "better", lambda best, net, *words, **more: kept.append(type(net).__name__)
-                        or better(best, net, *words, **more))
+    monkeypatch.setattr(train, "better", lambda best, net, data: kept.append(type(net).__name__)
+                        or better(best, net, data))
     a, vit = tmp_path / "a", ("--data-root", tmp_path, "--teacher")
     tiny(a, "--epochs", 1, *vit, "vit_b_16")
     assert kept == ["ViT"]
@@ -1996,8 +1959,7 @@ def test_a_vit_teaches(tiny, tmp_path, monkeypatch, capsys):
     assert student("file").equal(student("a"))
     assert not any(student("a").equal(student(run)) for run in ("none", "released"))
     labels = [json.loads((tmp_path / run / "results.json").read_text())["label"] for run in ("a", "file", "released")]
-    assert labels == ["`--epochs 1 --teacher vit_b_16`", "`--epochs 1`, ViT teacher",
-                      "`--recipe released --epochs 1`, ViT teacher"]
+    assert labels == ["`--epochs 1 --teacher vit_b_16`", "`--epochs 1`", "`--recipe released --epochs 1`"]
 
 
 def test_at_224_the_whole_method_runs(tiny, tmp_path, monkeypatch, capsys):
@@ -2027,7 +1989,7 @@ def test_at_224_the_whole_method_runs(tiny, tmp_path, monkeypatch, capsys):
     assert all(first[name].equal(value) for name, value in second.items()) and first["mean"].shape == (32 * 28 * 28,)
     with pytest.raises(SystemExit):
         tiny(tmp_path / "a", "--resume", "--epochs", 1)
-    assert "other options (size)" in capsys.readouterr().err
+    assert "a run of other size: resume" in capsys.readouterr().err
 
 
 def test_torchrun(tmp_path):
@@ -2111,9 +2073,9 @@ def test_a_folder_belongs_to_one_run(tiny, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     error = says("--w-kd", "1e300")
-    assert error.startswith("error: the loss is not finite at oal step 0: ce ") and "sum inf" in error
+    assert error.startswith("error: the loss is not finite at oal step 0: ce ") and "sum inf;" in error
     assert "another run's ce.detector.pt, ce.pt, checkpoint.pt, " in says()
-    assert "other options (seed, w_kd)" in says("--resume", "--seed", 1)
+    assert "other seed, w_kd: resume" in says("--resume", "--seed", 1)
     inner = evaluate.load_set
     for part in (0, 1):                                                             # one pixel or one label is another
         def altered(*words):
@@ -2124,36 +2086,15 @@ def test_a_folder_belongs_to_one_run(tiny, tmp_path, monkeypatch, capsys):
             return data
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(evaluate, "load_set", altered)
-            assert "other training images" in says("--resume", "--w-kd", "1e300")
+            assert "other training images: resume" in says("--resume", "--w-kd", "1e300")
     assert "not finite at oal step 0" in says("--resume", "--w-kd", "1e300")
 
-    # Of runs that begin at once in one folder, the first to create checkpoint.pt has it.
-    words, save = "--w-kd 0 --w-feat 0 --w-latent 0".split(), train.save_checkpoint
-    def slow(run, state):
-        with pytest.raises(SystemExit) as stop:
-            tiny(tmp_path / "b", "--seed", 5)
-        assert stop.value.code == 2 and "another run's checkpoint.pt" in capsys.readouterr().err
-        save(run, state)
-        raise KeyboardInterrupt
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", slow)
-        with pytest.raises(KeyboardInterrupt):
-            tiny(tmp_path / "b", *words)
-    def another(self, pattern):                                                     # which looked a moment earlier
-        return iter(())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "glob", another)
-        with pytest.raises(SystemExit):
-            tiny(tmp_path / "b", *words)
-        assert "another run's checkpoint.pt" in capsys.readouterr().err
     def full(path, content):                                                        # a disk with room for a name alone
         raise OSError(28, "No space left on device", str(path))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
         patch.setattr(evaluate, "write", full)
         tiny(tmp_path / "full")
-    assert not any((tmp_path / "full").iterdir())
-    tiny(tmp_path / "b", *words, "--resume")
-    assert (tmp_path / "b" / "results.json").exists()
+    assert not (tmp_path / "full").exists()
 
 
 @pytest.mark.parametrize("recipe", ["oal", "released"])
@@ -2263,11 +2204,10 @@ def test_user_errors(program, words, says, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("environment", ["WORLD_SIZE=2", "WORLD_SIZE=two", "RANK=5 WORLD_SIZE=2", "RANK=-1", "RANK=1"])
+@pytest.mark.parametrize("environment", ["WORLD_SIZE=2", "WORLD_SIZE=two", "RANK=5 WORLD_SIZE=2"])
 def test_processes_that_torchrun_has_not_started(environment, tmp_path, monkeypatch, capsys):
     for word in environment.split():
         monkeypatch.setenv(*word.split("="))
-    monkeypatch.setattr(signal, "signal", lambda *words: None)
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "out"), "--device", "cpu"])
     status, error = ended(train.main, capsys)
     assert status == 2 and "start them by torchrun" in error and error.count("\n") == 1
@@ -2521,7 +2461,7 @@ def test_your_own_classes(tiny, evaluate_py, tmp_path, monkeypatch, capsys):
     assert outliers["boundary_labels"].bincount().tolist() == [4] * 3 and outliers["basis"].shape[1] == 32 * 32 * 32
     with pytest.raises(SystemExit):
         tiny(run, "--dataset", photos, "--arch", "resnet_tiny", "--resume")
-    assert "other options (size)" in capsys.readouterr().err                       # 32 is another run's
+    assert "a run of other size: resume" in capsys.readouterr().err                       # 32 is another run's
 
     monkeypatch.setattr(sys, "argv", ["synthesize.py", str(run / "ce.pt"), "--dataset", str(photos), "--size", "64",
                                       "--out", str(tmp_path / "o.pt"), "--per-class", "2", "--diffusion-steps", "1",

@@ -12,13 +12,11 @@ the student's start; its teacher, trained on from there; outliers made from the 
 measured side by side (evaluate.py). The sum of the losses is in `OAL.forward`. A weight of 0 leaves
 its term out: `--w-kd 0`.
 """
-import contextlib
+import copy
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 import zlib
 from datetime import timedelta
@@ -48,8 +46,8 @@ TIERS = {
                          crop=1, per_class=50, diffusion_steps=1000),
     "resnet_tiny": dict(ce_epochs=9, teacher_epochs=7, oal_epochs=8, oal_lr=0.01, batch=64,
                         crop=1, per_class=50, diffusion_steps=1000)}
-# Each stage has at least MIN_STEPS steps, unless --epochs is given. After fewer than 2 MIN_STEPS the
-# batch-norm statistics are computed anew. Checkpoints are at least CHECKPOINT_STEPS apart.
+# Each stage has at least MIN_STEPS steps, unless --epochs is given. After fewer than 2 MIN_STEPS
+# batch-norm's statistics are computed anew. Checkpoints are at least CHECKPOINT_STEPS apart.
 MIN_STEPS, CHECKPOINT_STEPS = 200, 20
 # Weights of the student's losses beside cross-entropy. 'released': those of the paper's code.
 RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_boundary=0.0, w_latent=1.0),
@@ -101,7 +99,7 @@ def main():
         outliers = torch.load(run.out / "outliers.pt", map_location=device, weights_only=True)
 
     # 4. The student, which starts as the start.
-    student = build(options, len(data.classes), device)
+    student = models.to_device(build(options, len(data.classes)), device)
     if not (run.out / "student.pt").exists():
         load_weights(student, run.out / "ce.pt")
         objective = student_objective(student, teacher, outliers, data, options)
@@ -114,11 +112,12 @@ def main():
     if dist.is_initialized():
         dist.destroy_process_group()
     if first:
-        report(args, run, data, {"ce": start, "oal": student}, teacher)
+        report(args, run, data, {"ce": start, "oal": student})
 
 
-# --- Objectives. objective(x, y, g) -> (loss, its terms {name: scalar}) for images x uint8
-# [B, 3, S, S], labels y int64 [B] and a generator g. Its submodules are trained, among them `net`.
+# --- Objectives.
+# objective(x, y, g) -> (loss, its terms {name: scalar}), for images x uint8 [B, 3, S, S], labels y
+# int64 [B] and a generator g. Its submodules are trained, among them `net`.
 
 
 class CrossEntropy(nn.Module):
@@ -135,44 +134,45 @@ class CrossEntropy(nn.Module):
 
 
 class OAL(nn.Module):
-    """Cross-entropy + w_kd KD(logits) + w_feat KD(maps) + w_latent MICL(latents), the default recipe.
+    """The default recipe: cross-entropy + w_kd KD(logits) + w_feat KD(maps) + w_latent MICL(latents).
 
-    Without a teacher no KD, without outliers no MICL. From a teacher of another shape, such as a
-    ViT, KD of its projected features, as released, takes the place of KD(maps).
+    A teacher of another shape, such as a ViT, has its features projected and distilled, as
+    released, in place of its maps.
     """
 
     def __init__(self, net, teacher, outliers, data, options):
         super().__init__()
         self.net, self.scale, self.outliers = net, (data.mean, data.std), outliers
         self.w = {name: options[f"w_{name}"] for name in ("kd", "feat", "latent")}
-        self.teacher = self.projection = self.critic = None
         self.noise = options["outliers"] == "noise"
+        self.teacher = self.projection = self.critic = None
         if teacher is not None:
             self.teacher = models.frozen(teacher, *self.scale)
             if isinstance(teacher, models.ViT) or teacher.fc.in_features != net.fc.in_features:
                 self.projection = models.projection(teacher.fc.in_features, net.fc.in_features)
         if self.w["latent"]:
             images, _ = data.splits["train"]
-            some = images[::max(1, len(images) // 5000)]  # a spread: lists are sorted by class
-            self.critic = losses.MICL.start(*models.predict(net, some, *self.scale))
+            spread = images[::max(1, len(images) // 5000)]  # lists are sorted by class
+            self.critic = losses.MICL.start(*models.predict(net, spread, *self.scale))
 
     def forward(self, x, y, g):
-        n, kd, feat, micl = len(y), 0.0, 0.0, 0.0
+        n = len(y)
         with models.autocast(x.device):
-            maps = self.net.lower(models.normalize(x, *self.scale))             # [B, C, S/R, S/R]
+            maps = self.net.lower(models.normalize(x, *self.scale))   # [B, C, S/R, S/R]
             if self.critic:
                 # Latents join the batch, a quarter as many as images: in a pass of their own the
                 # network would learn to tell them by their batch-norm statistics.
-                draws = share(torch.rand(processes() * max(1, n // 4), 4, generator=g,
-                                         device=x.device))                      # [M, 4]
-                latents = synthesize.outlier_maps(maps, self.outliers, draws, g if self.noise else None)
-                maps = torch.cat([maps, latents.to(maps)])                      # [B + M, C, S/R, S/R]
+                draws = torch.rand(processes() * max(1, n // 4), 4, generator=g, device=x.device)
+                latents = synthesize.outlier_maps(maps, self.outliers, share(draws),
+                                                  g if self.noise else None)
+                maps = torch.cat([maps, latents.to(maps)])            # [B + M, C, S/R, S/R]
                 maps = maps.contiguous(memory_format=torch.channels_last)
-            features, later = self.net.upper(maps, return_maps=True)            # [B + M, D]
-            logits = self.net.classify(features)                                # [B + M, K]
+            features, later = self.net.upper(maps, return_maps=True)  # [B + M, D]
+            logits = self.net.classify(features)                      # [B + M, K]
             if self.teacher:
                 teacher_logits, teacher_features, teacher_maps = self.teacher(x)
         ce = F.cross_entropy(logits[:n], y)
+        kd = feat = micl = torch.zeros_like(ce)
         if self.teacher:
             kd = losses.distill(logits[:n], teacher_logits)
         if self.teacher and self.projection:
@@ -189,8 +189,9 @@ class OAL(nn.Module):
 class Released(nn.Module):
     """The losses of the paper's code (HengGao12/OAL, openood/trainers/oal_trainer.py), in float32.
 
-    Outliers are drawn without regard to the images, and both CLUBs share the network's optimiser,
-    which moves q down the bound. The second has a deeper mean net (openood/losses/deep_mi_loss.py).
+    Outliers are drawn without regard to the images, so that both CLUBs have expectation zero
+    (README, 'Audit'). The optimiser moves their q down the bound, with the network. The second has
+    a deeper mean net (openood/losses/deep_mi_loss.py).
     """
 
     def __init__(self, net, teacher, outliers, data, options):
@@ -209,18 +210,18 @@ class Released(nn.Module):
             self.latent = losses.CLUB(self.released.shape[1], dim, 512, deeper=(32, 16))
 
     def forward(self, x, y, g):
-        n, kd, feat, boundary, latent = len(y), 0.0, 0.0, 0.0, 0.0
         logits, features = self.net(models.normalize(x, *self.scale), return_feature=True)
         ce = F.cross_entropy(logits, y)
+        kd = feat = boundary = latent = torch.zeros_like(ce)
         if self.teacher:
             teacher_logits, teacher_features, _ = self.teacher(x)
             kd = losses.distill(logits, teacher_logits)
             feat = losses.distill(features, self.projection(teacher_features))
         if self.boundary:
-            drawn = draw(self.outliers["boundary"], n, g)                       # [B, O]
-            boundary = losses.micl_released(self.boundary, drawn, features)
+            drawn = draw(self.outliers["boundary"], len(y), g)  # [B, O]
+            boundary = self.boundary(drawn, features)
         if self.latent:
-            latent = losses.micl_released(self.latent, draw(self.released, n, g), features)
+            latent = self.latent(draw(self.released, len(y), g), features)
         loss = (ce + self.w["kd"] * kd + self.w["feat"] * feat
                 + self.w["boundary"] * boundary + self.w["latent"] * latent)
         return loss, {"ce": ce, "kd": kd, "feat": feat, "boundary": boundary, "latent": latent}
@@ -250,7 +251,7 @@ class VOS(nn.Module):
 
 
 def student_objective(student, teacher, outliers, data, options):
-    """The objective of the recipe or peer; the fresh weights of its other parts depend on the seed."""
+    """The objective of the recipe or peer. Fresh weights of its parts depend on the seed alone."""
     teacher = teacher if distils(options) else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(options["seed"], "heads").initial_seed())
@@ -270,21 +271,21 @@ def needs_outliers(options):
 
 def draw(outliers, n, g):
     """n random rows of outliers [M, D] -> [n, D]; none repeats before all have been used."""
-    wanted, orders = processes() * n, []
-    while sum(map(len, orders)) < wanted:
-        orders.append(torch.randperm(len(outliers), generator=g, device=outliers.device))
+    wanted = processes() * n
+    orders = [torch.randperm(len(outliers), generator=g, device=outliers.device)
+              for _ in range(math.ceil(wanted / len(outliers)))]
     return outliers[share(torch.cat(orders)[:wanted])]
 
 
-# --- The loop. ------------------------------------------------------------------------------------
+# --- The loop.
 
 
 def train(stage, objective, data, run):
     """Trains the objective's submodules in place, for the stage of that name.
 
     By SGD, a ViT by Adam, with a cosine per step to 0. The released recipe and a ViT keep the best
-    epoch on the validation images. checkpoint.pt is saved after each epoch, of a small set after
-    several, and at SIGINT or SIGTERM; a resumed run goes on from there.
+    epoch on the validation images. A resumed run goes on from checkpoint.pt, which is saved after
+    each epoch, of a small set after several.
     """
     options, net, (images, labels) = run.options, objective.net, data.splits["train"]
     net.requires_grad_()
@@ -308,45 +309,45 @@ def train(stage, objective, data, run):
         step, order, best = saved["step"], saved["order"].to(images.device), saved["best"]
     engine = parallel(objective, images.device)
 
-    begun, pending = time.perf_counter(), []  # losses not read yet: to read is to wait for the device
-    with noted_signals(run.out and processes() == 1) as signals:
-        while step < steps and not signals:
-            batch_index = step % per_epoch
-            if batch_index == 0:
-                order = torch.randperm(len(images), generator=g, device=images.device)
-            index = order[batch_index * batch:(batch_index + 1) * batch]
-            x, y = share(augment(images[index], options["crop"], g)), share(labels[index])
-            loss, terms = engine(x, y, g)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
+    # pending: losses not read yet. To read one is to wait for the device.
+    begun, pending = time.perf_counter(), []
+    while step < steps:
+        place = step % per_epoch
+        if place == 0:
+            order = torch.randperm(len(images), generator=g, device=images.device)
+        index = order[place * batch:(place + 1) * batch]
+        x, y = share(augment(images[index], options["crop"], g)), share(labels[index])
+        loss, terms = engine(x, y, g)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        step += 1
 
-            terms = {name: term for name, term in terms.items() if torch.is_tensor(term)}
-            pending.append(torch.stack([term.detach() for term in (*terms.values(), loss)]))
-            period_ends = step % period == 0 or step == steps
-            if not (period_ends or signals or step % 100 == 0):
-                continue
-            values, elapsed = torch.stack(pending).tolist(), time.perf_counter() - begun
-            check_losses(stage, step - len(values), [*terms, "sum"], values)
-            run.seconds[stage] += elapsed
-            if is_first() and run.out:
-                means = [sum(column) / len(values) for column in zip(*values)]
-                shown = "  ".join(f"{name} {mean:.3f}" for name, mean in zip(terms, means))
-                print(f"{stage}: epoch {(step - 1) // per_epoch + 1}/{epochs}, step "
-                      f"{batch_index + 1}/{per_epoch}, {shown}, {len(values) * batch / elapsed:.0f} images/s, "
-                      f"{(steps - step) * elapsed / len(values):.0f} s left", flush=True)
-            if period_ends and (options["recipe"] == "released" or isinstance(net, models.ViT)):
-                best = better(best, net, data, exact=isinstance(objective, Released))
-            if run.out and (period_ends or signals):
-                save_checkpoint(run, {
-                    "stage": stage, "step": step, "order": order, "best": best,
-                    "generator": g.get_state(), **{name: part.state_dict() for name, part in state.items()}})
-            begun, pending = time.perf_counter(), []
-        if signals:
-            print(f"stopped at {stage} step {step}: go on by the same command and --resume",
-                  file=sys.stderr)
+        pending.append(torch.stack([term.detach() for term in (*terms.values(), loss)]))
+        period_ends = step % period == 0 or step == steps
+        if not period_ends and step % 100:
+            continue
+        values, elapsed = torch.stack(pending).cpu(), time.perf_counter() - begun  # [steps, terms]
+        show = lambda row: ", ".join(f"{name} {value:.3f}" for name, value in zip([*terms, "sum"], row))
+        finite = values.isfinite().all(1)
+        if not finite.all():
+            first = int(finite.int().argmin())
+            fail(f"the loss is not finite at {stage} step {step - len(values) + first}: "
+                 f"{show(values[first])}; lower a --w-* weight, or add images to a small training set")
+        run.seconds[stage] += elapsed
+        if run.out and is_first():
+            epoch, per_step = (step - 1) // per_epoch + 1, elapsed / len(pending)
+            print(f"{stage}: epoch {epoch}/{epochs}, step {place + 1}/{per_epoch}, "
+                  f"{show(values.mean(0))}, {batch / per_step:.0f} images/s, "
+                  f"{(steps - step) * per_step:.0f} s left", flush=True)
+        if period_ends and (options["recipe"] == "released" or isinstance(net, models.ViT)):
+            best = better(best, net, data)
+        if period_ends and run.out:
+            parts = {name: part.state_dict() for name, part in state.items()}
+            save_checkpoint(run, {"stage": stage, "step": step, "order": order, "best": best,
+                                  "generator": g.get_state(), **parts})
+        begun, pending = time.perf_counter(), []
     if "net" in best:
         net.load_state_dict(best["net"])
     elif run.out and steps < 2 * MIN_STEPS:
@@ -371,53 +372,20 @@ def augment(images, pad, g):
     top, left, flip = (torch.randint(high, (b, 1), generator=g, device=device)
                        for high in (2 * pad + 1, 2 * pad + 1, 2))
     span = torch.arange(size, device=device)
-    rows, cols = top + span, left + torch.where(flip == 1, size - 1 - span, span)      # [B, S] each
-    padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)               # [B, S + 2 pad, S + 2 pad, 3]
+    rows, cols = top + span, left + torch.where(flip == 1, size - 1 - span, span)  # [B, S] each
+    padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)  # [B, S + 2 pad, S + 2 pad, 3]
     image = torch.arange(b, device=device)[:, None, None]
     return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
-def check_losses(stage, first, names, rows):
-    """Ends the program at the first step whose losses are not all finite."""
-    for step, row in enumerate(rows, first):
-        if not all(map(math.isfinite, row)):
-            shown = ", ".join(f"{name} {value}" for name, value in zip(names, row))
-            fail(f"the loss is not finite at {stage} step {step}: {shown}; lower a --w-* weight, or "
-                 "add images if the training set is small")
-
-
-def better(best, net, data, exact):
+def better(best, net, data):
     """`best`, or the network as it is now if its validation accuracy is as high or higher."""
     images, labels = data.splits["val"]
-    predicted = models.predict(net, images, data.mean, data.std, exact)[0].argmax(1)
-    accuracy = (predicted == labels).double().mean().item()
+    logits, _ = models.predict(net, images, data.mean, data.std)
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
     if accuracy < best["accuracy"]:
         return best
-    return {"accuracy": accuracy, "net": {key: value.clone() for key, value in net.state_dict().items()}}
-
-
-@contextlib.contextmanager
-def noted_signals(active):
-    """-> a list to which SIGINT and SIGTERM are added; a second signal acts at once.
-
-    After the block the first of them ends the program. Under torchrun, which stops its processes at
-    different steps, and outside the main thread signals act as always.
-    """
-    signals, handlers = [], {}
-
-    def note(number, frame):
-        signals.append(number)
-        signal.signal(number, handlers[number])
-    try:
-        if active and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handlers[number] = signal.signal(number, note)
-        yield signals
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if signals:
-        raise SystemExit(128 + signals[0])
+    return {"accuracy": accuracy, "net": copy.deepcopy(net.state_dict())}
 
 
 def generator(seed, stage, device="cpu"):
@@ -426,25 +394,22 @@ def generator(seed, stage, device="cpu"):
     return torch.Generator(device).manual_seed(10 * seed + stages.index(stage))
 
 
-# --- Processes: torchrun starts several, each for its share of every batch. -----------------------
+# --- Processes: torchrun starts several, each for its share of every batch.
 
 
 def join_processes(device):
     """Joins the processes of torchrun, if it is at work -> the device of this one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return torch.device(device)
+    if device.startswith("cuda:"):
+        fail(f"--device {device} is one GPU for all processes: take --device cuda")
     try:
-        rank, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-        if not 0 <= rank < world:
-            raise ValueError(f"RANK {rank} of WORLD_SIZE {world}")
-        if world > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torch.distributed delays Python's handlers
-            if device.startswith("cuda:"):
-                raise ValueError(f"--device {device} is one GPU for all")
-            if device == "cuda":
-                device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(device)
-            # Hours, for the first process to download and draw while the others wait.
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
-                                    timeout=timedelta(hours=4))
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        # Hours, for the first process to download and draw while the others wait.
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                                timeout=timedelta(hours=4))
     except (ValueError, KeyError, RuntimeError) as problem:  # torch's own: RuntimeError
         fail(f"the processes cannot be started ({str(problem).splitlines()[0]}): start them by "
              "torchrun, one for a GPU")
@@ -481,14 +446,14 @@ def parallel(objective, device):
     return DistributedDataParallel(objective)
 
 
-# --- Inputs and files. ----------------------------------------------------------------------------
+# --- Inputs and files.
 
 
 def load_inputs(args, device):
     """What a run begins with -> (data, start, teacher, outliers), checked before any training.
 
     The training images are on the device. teacher: None where nothing needs it, fresh weights where
-    it is still to be trained. outliers: the tensors of a file given by --outliers, else None.
+    it is still to be trained. outliers: those of a file given by --outliers, else None.
     """
     options = args.options
     if not is_first():
@@ -501,18 +466,19 @@ def load_inputs(args, device):
     most = 1 if args.benchmark else min(options["batch"], len(images)) // 4
     if processes() > most:
         fail(f"{processes()} processes are too many: --benchmark takes 1, this run {most} at most")
-    start = build(options, classes, device)
     if args.ce:
         start = models.load_network(args.ce, classes, args.arch, args.size)
-    teacher = None
+    else:
+        start = build(options, classes)
+    teacher = outliers = None
     if args.teacher == "vit_b_16":
         teacher = models.load_imagenet_vit(classes, args.data_root)
     elif args.teacher:
         teacher = models.load_network(args.teacher, classes, size=args.size)
     elif distils(options):
-        teacher = build(options, classes, device)
-    used = distils(options) or isinstance(teacher, models.ViT) and needs_outliers(options)
-    outliers = None
+        teacher = build(options, classes)
+    if not distils(options) and not (isinstance(teacher, models.ViT) and needs_outliers(options)):
+        teacher = None
     if args.outliers not in ("diffusion", "noise"):
         outliers = synthesize.read_outliers(args.outliers, start, args.size)
     if is_first():
@@ -521,55 +487,37 @@ def load_inputs(args, device):
         wait()
     data.splits["train"] = images.to(device), labels.to(device)
     data = data._replace(mean=data.mean.to(device), std=data.std.to(device))
-    return (data, models.to_device(start, device),
-            models.to_device(teacher, device) if used else None, outliers)
+    return (data, models.to_device(start, device), teacher and models.to_device(teacher, device),
+            outliers)
 
 
-def build(options, classes, device):
+def build(options, classes):
     """A network of the run's arch, whose fresh weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(options["seed"], "weights").initial_seed())
-        net = models.build(options["arch"], classes, options["size"])
-    return models.to_device(net, device)
+        return models.build(options["arch"], classes, options["size"])
 
 
 def claim(args, data):
-    """Takes the folder --out for this run alone -> its Run.
-
-    checkpoint.pt is created here, which only one of several runs begun at once can do. A killed run
-    leaves it for --resume, which needs the same options and images.
-    """
+    """Takes the folder --out for this run -> its Run; --resume needs the same options and images."""
     images, labels = (part.cpu().contiguous().numpy().data for part in data.splits["train"])
     run = Run(args.options, zlib.crc32(labels, zlib.crc32(images)), args.out,
               {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0})
-    path = args.out / "checkpoint.pt"
-    if args.resume and path.exists():
+    if args.resume and (args.out / "checkpoint.pt").exists():
         saved = load_checkpoint(args.out)
-        names = {**saved["options"], **run.options}
-        other = [name for name in names if saved["options"].get(name, "-") != run.options.get(name, "-")]
-        if other:
-            fail(f"{args.out} holds a run with other options ({', '.join(other)}): resume by the same "
-                 "command")
+        old, new = saved["options"], run.options
+        differ = [name for name in {**old, **new} if old.get(name, "-") != new.get(name, "-")]
         if saved["digest"] != run.digest:
-            fail(f"{args.out} holds a run with other training images: bring them back, or name another "
-                 "--out")
+            differ.append("training images")
+        if differ:
+            fail(f"{args.out} holds a run of other {', '.join(differ)}: resume by the same command")
         return run._replace(seconds=saved["seconds"])
     held = sorted(file.name for kind in ("*.pt", "results.json") for file in args.out.glob(kind))
-    wait()  # until every process has looked
-    if is_first() and not held:
-        args.out.mkdir(parents=True, exist_ok=True)
-        try:
-            path.open("x").close()
-            save_checkpoint(run, {"stage": "claim"})
-        except FileExistsError:  # a run that began at the same moment was faster
-            held = ["checkpoint.pt"]
-        except OSError:  # a full disk
-            path.unlink(missing_ok=True)
-            raise
     if held:
-        resume = ", or go on with --resume" if "checkpoint.pt" in held else ""
-        fail(f"{args.out} holds another run's {', '.join(held)}: name another folder with --out{resume}")
-    wait()
+        fail(f"{args.out} holds another run's {', '.join(held)}: name another folder with --out, or "
+             "go on with --resume")
+    wait()  # until every process has looked
+    save_checkpoint(run, {"stage": "begun"})
     return run
 
 
@@ -581,14 +529,14 @@ def save_checkpoint(run, state):
 
 def load_checkpoint(out):
     """What save_checkpoint wrote; ends the program where checkpoint.pt is something else."""
+    path = out / "checkpoint.pt"
     try:
-        saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         if {"options", "digest", "seconds", "stage"} <= saved.keys():
             return saved
     except Exception:  # cut short, or another program's
         pass
-    fail(f"{out / 'checkpoint.pt'} is not a checkpoint of this program: remove it, or name another "
-         "folder with --out")
+    fail(f"{path} is not a checkpoint of this program: remove it, or name another folder with --out")
 
 
 def save_network(name, net, data, run, critic=None):
@@ -625,27 +573,23 @@ def on_cpu(tensors):
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-def report(args, run, data, nets, teacher):
-    """Measures the networks {"ce", "oal"}, writes results.json, prints what it says."""
-    begun, found = time.perf_counter(), {}
+def report(args, run, data, nets):
+    """Measures the networks {"ce", "oal"}, writes results.json, prints the tables."""
+    begun, measured = time.perf_counter(), {}
     for name, net in nets.items():
         ref = evaluate.reference(net, data)
-        found[name], _ = evaluate.evaluate(net, data, list(evaluate.SCORES), ref)
+        measured[name], _ = evaluate.evaluate(net, data, list(evaluate.SCORES), ref)
     seconds = {**run.seconds, "evaluate": time.perf_counter() - begun}
     seconds["total"] = sum(seconds.values())
-    kind = teacher and f"{type(teacher).__name__} of {teacher.fc.in_features} features"
-    label = args.label
-    if isinstance(teacher, models.ViT) and "vit" not in label:
-        label += ", ViT teacher"
     results = {**evaluate.describe("train.py", args, data), "arch": run.options["arch"],
-               "seed": run.options["seed"], "label": label, "options": run.options, "teacher": kind,
-               "seconds": seconds, "models": found}
+               "seed": run.options["seed"], "label": args.label, "options": run.options,
+               "seconds": seconds, "models": measured}
     evaluate.write(run.out / "results.json", json.dumps(results, indent=1))
-    print("\n".join([*evaluate.headline(results), "", *evaluate.tables([results])]))
+    print("\n".join(evaluate.tables([results])))
     print(f"written: {run.out / 'results.json'}")
 
 
-# --- Speed. ---------------------------------------------------------------------------------------
+# --- Speed.
 
 
 def benchmark(out, options, data, net, teacher):
@@ -654,61 +598,56 @@ def benchmark(out, options, data, net, teacher):
     Each is the best of three after a warm-up. A ratio is the time of our step over the sum of its
     bare parts, measured beside it: 1.0 is a step without overhead.
     """
-    options = {**options, "epochs": 1}
     images, labels = data.splits["train"]
-    batch = min(options["batch"], len(images))
-    n = min(10, len(images) // batch) * batch
-    data = data._replace(splits={**data.splits, "train": (images[:n], labels[:n])})
-    teacher = teacher or build(options, len(data.classes), images.device)
-    codec = synthesize.fit_codec(next(models.feature_batches(net, images[:n], data.mean, data.std))[0])
-    outliers = {"boundary": torch.randn(200, net.fc.in_features, device=images.device),
-                "latent": torch.randn(200, len(codec["basis"]), device=images.device), **codec}
-    run = Run(options, 0, None, dict.fromkeys(("ce", "oal"), 0.0))
+    device, batch = images.device, min(options["batch"], len(images))
+    steps = min(10, len(images) // batch)
+    data.splits["train"] = images[:steps * batch], labels[:steps * batch]
+    teacher = teacher or models.to_device(build(options, len(data.classes)), device)
+    _, maps, codec = synthesize.codec_of(net, data)
+    outliers = {"boundary": torch.randn(200, net.fc.in_features, device=device),
+                "latent": torch.randn(200, len(codec["basis"]), device=device), **codec}
+    run = Run({**options, "epochs": 1}, 0, None, {"ce": 0.0, "oal": 0.0})
     ce, oal = CrossEntropy(net, data), student_objective(net, teacher, outliers, data, options)
     optimizer = torch.optim.SGD(net.parameters(), **SGD)
     x, y = models.normalize(images[:batch], data.mean, data.std), labels[:batch]
-    with torch.no_grad():
-        maps = net.lower(x[:batch // 4])
+    latents = maps[:batch // 4]
 
-    def bare(loss, step=True):
+    def bare(loss, backward=True, step=True):
         net.train()
-        for _ in range(n // batch):
+        for _ in range(steps):
             optimizer.zero_grad()
-            with models.autocast(images.device):
+            with models.autocast(device), torch.set_grad_enabled(backward):
                 value = loss()
-            value.backward()
+            if backward:
+                value.backward()
             if step:
                 optimizer.step()
 
-    def teach():
-        for _ in range(n // batch):
-            with torch.no_grad(), models.autocast(images.device):
-                teacher(x)
-
-    parts = {"bare": lambda: bare(lambda: F.cross_entropy(net(x), y)),
-             "teacher_forward": teach,
-             "outliers": lambda: bare(lambda: net.classify(net.upper(maps)).mean(), step=False),
-             "ce_step": lambda: train("ce", ce, data, run),
-             "oal_step": lambda: train("oal", oal, data, run),
-             "test_pass": lambda: models.predict(net, images[:n], data.mean, data.std)}
+    parts = {
+        "bare": lambda: bare(lambda: F.cross_entropy(net(x), y)),
+        "teacher_forward": lambda: bare(lambda: teacher(x), backward=False, step=False),
+        "outliers": lambda: bare(lambda: net.classify(net.upper(latents)).mean(), step=False),
+        "ce_step": lambda: train("ce", ce, data, run),
+        "oal_step": lambda: train("oal", oal, data, run),
+        "test_pass": lambda: models.predict(net, images[:steps * batch], data.mean, data.std)}
     seconds = {name: [] for name in parts}
     for _ in range(4):
         for name, part in parts.items():
             begun = time.perf_counter()
             part()
-            if images.device.type != "cpu":
-                torch.accelerator.synchronize(images.device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             seconds[name].append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
-    latents = best.pop("outliers") * (options["recipe"] == "oal")  # half of the network
-    bare_oal = best["bare"] + best["teacher_forward"] + latents
-    result = {"images_per_second": {name: n / spent for name, spent in best.items()},
+    outlier_pass = best.pop("outliers") if options["recipe"] == "oal" else 0.0
+    bare_oal = best["bare"] + best["teacher_forward"] + outlier_pass
+    result = {"images_per_second": {name: steps * batch / time for name, time in best.items()},
               "ratio": {"ce": best["ce_step"] / best["bare"], "oal": best["oal_step"] / bare_oal}}
     evaluate.write(out / "benchmark.json", json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
 
 
-# --- Command line. --------------------------------------------------------------------------------
+# --- Command line.
 
 
 def parse_args():
@@ -723,48 +662,44 @@ def parse_args():
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
     parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network")
-    parser.add_argument("--teacher", metavar="{vit_b_16,FILE}", help="distil from this network; one of "
-                        "the student's arch must have grown from --ce, since maps are matched unit "
-                        "by unit; vit_b_16: torchvision's ViT-B/16, fine-tuned here; a ViT's "
-                        "features are also where the boundary is found")
+    parser.add_argument("--teacher", metavar="{vit_b_16,FILE}",
+                        help="distil from this network: one that has grown from --ce, or a ViT, "
+                        "which also finds the boundary; vit_b_16: ImageNet's, fine-tuned here")
     parser.add_argument("--recipe", choices=RECIPES, default="oal", help="released: the paper's code")
     parser.add_argument("--peer", choices=["vos"], help="train the student by this method instead")
     parser.add_argument("--outliers", default="diffusion", metavar="{diffusion,noise,FILE}",
-                        help="noise: Gaussian noise in place of latents; FILE: an outliers.pt that "
-                        "was made from the same --ce")
+                        help="noise in place of latents; or an outliers.pt made from the same --ce")
     for name in RECIPES["oal"]:
         parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.FINITE,
                             help="weight of the term; 0 leaves it out")
     args = parser.parse_args()
     evaluate.check_common(args)
     args.arch = args.arch or ("resnet_tiny" if args.dataset == "shapes" else "resnet18")
-    weights = [name for name in RECIPES["oal"] if getattr(args, name) is not None]
+    weights = {name: getattr(args, name) for name in RECIPES["oal"]}
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
     other = weights or args.benchmark or args.recipe != "oal" or args.outliers != "diffusion"
     if args.peer and other:
-        fail("--peer is another objective than OAL's: leave out --recipe, --w-*, --outliers and "
-             "--benchmark")
+        fail("--peer is not OAL: leave out --recipe, --w-*, --outliers and --benchmark")
     if args.recipe == "oal" and args.w_boundary:
         fail("--w-boundary is for --recipe released: add that, or leave it out")
     if args.recipe == "released" and args.outliers == "noise":
-        fail("--outliers noise is not for --recipe released, which sends no outlier through the "
-             "network")
-    brought = {**TIERS[args.arch], **RECIPES[args.recipe]}
+        fail("--outliers noise is for the default recipe: leave out --recipe released")
+    own = {**TIERS[args.arch], **RECIPES[args.recipe]}
     if args.teacher == "vit_b_16":
-        brought["teacher_epochs"] = VIT["epochs"]
+        own["teacher_epochs"] = VIT["epochs"]
     if args.peer:
-        brought |= dict.fromkeys(RECIPES["oal"], 0.0)
-    options = {name: getattr(args, name) for name in
-               ("dataset", "size", "seed", "arch", "epochs", "ce", "teacher", "recipe", "peer", "outliers")}
-    options |= brought | {name: getattr(args, name) for name in weights}
+        own |= dict.fromkeys(RECIPES["oal"], 0.0)
+    given = {name: getattr(args, name) for name in
+             "dataset size seed arch epochs ce teacher recipe peer outliers".split()}
     # A checkpoint holds the state of one kind of device and of one number of processes.
-    options |= {"device": args.device.split(":")[0], "processes": os.environ.get("WORLD_SIZE") or "1"}
-    args.options = options
+    place = {"device": args.device.split(":")[0], "processes": os.environ.get("WORLD_SIZE", "1")}
+    args.options = {**given, **own, **weights, **place}
     # A row's name in tables: what is not the default, but for seeds and files.
-    words = [f"--{name} {options[name]}" for name in ("recipe", "peer", "epochs", "teacher", "outliers")
-             if options[name] not in (None, "oal", "diffusion")
-             and (name not in ("teacher", "outliers") or options[name] in ("vit_b_16", "noise"))]
-    words += [f"--{name.replace('_', '-')} {options[name]:g}" for name in weights
-              if options[name] != brought[name]]
+    named = {"recipe": args.recipe != "oal", "peer": args.peer, "epochs": args.epochs,
+             "teacher": args.teacher == "vit_b_16", "outliers": args.outliers == "noise"}
+    words = [f"--{name} {given[name]}" for name, is_named in named.items() if is_named]
+    words += [f"--{name.replace('_', '-')} {weight:g}" for name, weight in weights.items()
+              if weight != own[name]]
     args.label = f"`{' '.join(words)}`" if words else "OAL"
     args.out = Path(args.out or f"runs/{os.path.basename(os.path.abspath(args.dataset))}")
     return args
