@@ -639,8 +639,10 @@ def benchmark(out, options, data, net, teacher):
                 torch.accelerator.synchronize(device)
             seconds[name].append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
-    outlier_pass = best.pop("outliers") if options["recipe"] == "oal" else 0.0
-    bare_oal = best["bare"] + best["teacher_forward"] + outlier_pass
+    outlier_pass = best.pop("outliers")
+    bare_oal = best["bare"] + best["teacher_forward"]
+    if options["recipe"] == "oal":
+        bare_oal += outlier_pass
     result = {"images_per_second": {name: steps * batch / time for name, time in best.items()},
               "ratio": {"ce": best["ce_step"] / best["bare"], "oal": best["oal_step"] / bare_oal}}
     evaluate.write(out / "benchmark.json", json.dumps(result, indent=1))
