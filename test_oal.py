@@ -1658,7 +1658,7 @@ def test_the_released_recipe_is_that_of_released_md(tiny, tmp_path, monkeypatch)
         assert torch.allclose(terms["kd"], kd, atol=1e-5) and torch.allclose(terms["ce"], F.cross_entropy(logits, y))
         by_hand = terms["ce"] + 4 * kd + 8 * terms["feat"] + 0.1 * terms["boundary"] + 0.2 * terms["latent"]
         assert torch.allclose(loss, by_hand, atol=1e-4)
-    picked = train.draw(torch.arange(5.0)[:, None], 16, rng()).flatten().long()
+    picked = train.random_rows(torch.arange(5.0)[:, None], 16, rng()).flatten().long()
     assert sorted(picked.bincount().tolist()) == [3, 3, 3, 3, 4]                   # none repeats before all have come
 
 
@@ -1674,7 +1674,7 @@ def test_the_best_epoch_is_kept_also_over_an_interruption(tiny, tmp_path, monkey
             return super().forward(x, y if len(calls) <= 5 else 1 - y, g)
     options = dict(recipe="released", batch=32, epochs=3, oal_lr=0.05, seed=0, crop=1)
     run = train.Run(options, 0, tmp_path, {"oal": 0.0})
-    train.save_checkpoint(run, {"stage": "claim"})
+    train.save_checkpoint(run, {"stage": "begun"})
     save = train.save_checkpoint
     def killed(run, state):
         save(run, state)
@@ -2019,13 +2019,13 @@ def check_gradients():
     plain = Plain()
     engine, g = train.parallel(plain, torch.device("cpu")), torch.Generator().manual_seed(5)
     x, y = torch.randn(12, 5, generator=g), torch.randint(3, (12,), generator=g)
-    engine(train.share(x), train.share(y), None)[0].backward()
+    engine(train.own_rows(x), train.own_rows(y), None)[0].backward()
     found = plain.net.weight.grad.clone()
     plain.zero_grad()
     plain(x, y, None)[0].backward()
     assert torch.allclose(found, plain.net.weight.grad, atol=1e-6)
     both = [torch.zeros_like(found) for _ in range(2)]
-    dist.all_gather(both, train.share(torch.arange(30.0)[:, None] + torch.zeros(30, 3))[:3, :].repeat(1, 2)[:, :5])
+    dist.all_gather(both, train.own_rows(torch.arange(30.0)[:, None] + torch.zeros(30, 3))[:3, :].repeat(1, 2)[:, :5])
     assert not both[0].equal(both[1])                        # shares are not the same rows
 
 def watched(stage, objective, data, run):

@@ -74,7 +74,7 @@ def main():
     data, start, teacher, outliers = load_inputs(args, device)
     if args.benchmark:
         return benchmark(args.out, options, data, start, teacher)
-    run = claim(args, data)
+    run = begin_run(args, data)
 
     # 1. The start: a cross-entropy network. If ce.pt exists, this run is being resumed.
     if not (run.out / "ce.pt").exists():
@@ -134,7 +134,7 @@ class CrossEntropy(nn.Module):
 
 
 class OAL(nn.Module):
-    """The default recipe: cross-entropy + w_kd KD(logits) + w_feat KD(maps) + w_latent MICL(latents).
+    """Cross-entropy + w_kd KD(logits) + w_feat KD(maps) + w_latent MICL(latents).
 
     A teacher of another shape, such as a ViT, has its features projected and distilled, as
     released, in place of its maps.
@@ -163,7 +163,7 @@ class OAL(nn.Module):
                 # Latents join the batch, a quarter as many as images: in a pass of their own the
                 # network would learn to tell them by their batch-norm statistics.
                 draws = torch.rand(processes() * max(1, n // 4), 4, generator=g, device=x.device)
-                latents = synthesize.outlier_maps(maps, self.outliers, share(draws),
+                latents = synthesize.outlier_maps(maps, self.outliers, own_rows(draws),
                                                   g if self.noise else None)
                 maps = torch.cat([maps, latents.to(maps)])            # [B + M, C, S/R, S/R]
                 maps = maps.contiguous(memory_format=torch.channels_last)
@@ -218,10 +218,10 @@ class Released(nn.Module):
             kd = losses.distill(logits, teacher_logits)
             feat = losses.distill(features, self.projection(teacher_features))
         if self.boundary:
-            drawn = draw(self.outliers["boundary"], len(y), g)  # [B, O]
+            drawn = random_rows(self.outliers["boundary"], len(y), g)  # [B, O]
             boundary = self.boundary(drawn, features)
         if self.latent:
-            latent = self.latent(draw(self.released, len(y), g), features)
+            latent = self.latent(random_rows(self.released, len(y), g), features)
         loss = (ce + self.w["kd"] * kd + self.w["feat"] * feat
                 + self.w["boundary"] * boundary + self.w["latent"] * latent)
         return loss, {"ce": ce, "kd": kd, "feat": feat, "boundary": boundary, "latent": latent}
@@ -245,7 +245,7 @@ class VOS(nn.Module):
             logits = self.net(models.normalize(x, *self.scale))
         chosen = torch.randint(len(self.outliers), (processes() * len(y),), generator=g,
                                device=x.device)
-        outlier_logits = self.net.classify(self.outliers[share(chosen)])
+        outlier_logits = self.net.classify(self.outliers[own_rows(chosen)])
         ce, vos = F.cross_entropy(logits, y), self.vos(logits, outlier_logits)
         return ce + 0.1 * vos, {"ce": ce, "vos": vos}
 
@@ -269,12 +269,12 @@ def needs_outliers(options):
     return bool(options["w_latent"] or options["w_boundary"])
 
 
-def draw(outliers, n, g):
+def random_rows(outliers, n, g):
     """n random rows of outliers [M, D] -> [n, D]; none repeats before all have been used."""
     wanted = processes() * n
     orders = [torch.randperm(len(outliers), generator=g, device=outliers.device)
               for _ in range(math.ceil(wanted / len(outliers)))]
-    return outliers[share(torch.cat(orders)[:wanted])]
+    return outliers[own_rows(torch.cat(orders)[:wanted])]
 
 
 # --- The loop.
@@ -316,7 +316,7 @@ def train(stage, objective, data, run):
         if place == 0:
             order = torch.randperm(len(images), generator=g, device=images.device)
         index = order[place * batch:(place + 1) * batch]
-        x, y = share(augment(images[index], options["crop"], g)), share(labels[index])
+        x, y = own_rows(augment(images[index], options["crop"], g)), own_rows(labels[index])
         loss, terms = engine(x, y, g)
         optimizer.zero_grad()
         loss.backward()
@@ -329,18 +329,18 @@ def train(stage, objective, data, run):
         if not period_ends and step % 100:
             continue
         values, elapsed = torch.stack(pending).cpu(), time.perf_counter() - begun  # [steps, terms]
-        show = lambda row: ", ".join(f"{name} {value:.3f}" for name, value in zip([*terms, "sum"], row))
-        finite = values.isfinite().all(1)
+        finite, names = values.isfinite().all(1), [*terms, "sum"]
         if not finite.all():
             first = int(finite.int().argmin())
-            fail(f"the loss is not finite at {stage} step {step - len(values) + first}: "
-                 f"{show(values[first])}; lower a --w-* weight, or add images to a small training set")
+            shown = ", ".join(f"{name} {value}" for name, value in zip(names, values[first]))
+            fail(f"the loss is not finite at {stage} step {step - len(values) + first}: {shown}; lower "
+                 "a --w-* weight, or add images to a small training set")
         run.seconds[stage] += elapsed
         if run.out and is_first():
             epoch, per_step = (step - 1) // per_epoch + 1, elapsed / len(pending)
-            print(f"{stage}: epoch {epoch}/{epochs}, step {place + 1}/{per_epoch}, "
-                  f"{show(values.mean(0))}, {batch / per_step:.0f} images/s, "
-                  f"{(steps - step) * per_step:.0f} s left", flush=True)
+            shown = "  ".join(f"{name} {mean:.3f}" for name, mean in zip(names, values.mean(0)))
+            print(f"{stage}: epoch {epoch}/{epochs}, step {place + 1}/{per_epoch}, {shown}, "
+                  f"{batch / per_step:.0f} images/s, {(steps - step) * per_step:.0f} s left", flush=True)
         if period_ends and (options["recipe"] == "released" or isinstance(net, models.ViT)):
             best = better(best, net, data)
         if period_ends and run.out:
@@ -424,13 +424,13 @@ def is_first():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def wait():
+def barrier():
     """Until every process has come here."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def share(rows):
+def own_rows(rows):
     """This process's rows of [B, ...], as many as every other's."""
     if not dist.is_initialized():
         return rows
@@ -452,12 +452,12 @@ def parallel(objective, device):
 def load_inputs(args, device):
     """What a run begins with -> (data, start, teacher, outliers), checked before any training.
 
-    The training images are on the device. teacher: None where nothing needs it, fresh weights where
-    it is still to be trained. outliers: those of a file given by --outliers, else None.
+    The training images are on the device. teacher: fresh weights if it is still to be trained, None
+    without --teacher and distillation. outliers: those of a file given by --outliers, or None.
     """
     options = args.options
     if not is_first():
-        wait()  # the first process downloads and decodes, the others read what it has left
+        barrier()  # the first process downloads and decodes, the others read what it has left
     data = evaluate.load_set(args.dataset, args.data_root, args.size, None, args.ood)
     images, labels = data.splits["train"]
     classes = len(data.classes)
@@ -477,14 +477,12 @@ def load_inputs(args, device):
         teacher = models.load_network(args.teacher, classes, size=args.size)
     elif distils(options):
         teacher = build(options, classes)
-    if not distils(options) and not (isinstance(teacher, models.ViT) and needs_outliers(options)):
-        teacher = None
     if args.outliers not in ("diffusion", "noise"):
         outliers = synthesize.read_outliers(args.outliers, start, args.size)
     if is_first():
         if data.missing():
             print(f"missing, and left out of the means: {', '.join(data.missing())}", flush=True)
-        wait()
+        barrier()
     data.splits["train"] = images.to(device), labels.to(device)
     data = data._replace(mean=data.mean.to(device), std=data.std.to(device))
     return (data, models.to_device(start, device), teacher and models.to_device(teacher, device),
@@ -498,8 +496,8 @@ def build(options, classes):
         return models.build(options["arch"], classes, options["size"])
 
 
-def claim(args, data):
-    """Takes the folder --out for this run -> its Run; --resume needs the same options and images."""
+def begin_run(args, data):
+    """The folder --out, empty or to be resumed by the same options on the same images -> a Run."""
     images, labels = (part.cpu().contiguous().numpy().data for part in data.splits["train"])
     run = Run(args.options, zlib.crc32(labels, zlib.crc32(images)), args.out,
               {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0})
@@ -514,9 +512,9 @@ def claim(args, data):
         return run._replace(seconds=saved["seconds"])
     held = sorted(file.name for kind in ("*.pt", "results.json") for file in args.out.glob(kind))
     if held:
-        fail(f"{args.out} holds another run's {', '.join(held)}: name another folder with --out, or "
-             "go on with --resume")
-    wait()  # until every process has looked
+        fail(f"{args.out} holds another run's {', '.join(held)}: name another --out, or go on from "
+             "a checkpoint.pt with --resume")
+    barrier()  # until every process has looked
     save_checkpoint(run, {"stage": "begun"})
     return run
 
@@ -536,17 +534,18 @@ def load_checkpoint(out):
             return saved
     except Exception:  # cut short, or another program's
         pass
-    fail(f"{path} is not a checkpoint of this program: remove it, or name another folder with --out")
+    fail(f"{path} is not a checkpoint of this program: remove it, or name another --out")
 
 
 def save_network(name, net, data, run, critic=None):
     """Writes NAME.detector.pt and NAME.pt, in the first process; the others wait."""
-    wait()  # until every process has looked for the file
+    barrier()  # until every process has looked for the file
     if is_first():
         arch = "ViT" if isinstance(net, models.ViT) else run.options["arch"]
-        evaluate.write(run.out / f"{name}.detector.pt", evaluate.detector_of(net, arch, data, critic))
+        detector = evaluate.detector_of(net, arch, data, critic)
+        evaluate.write(run.out / f"{name}.detector.pt", detector)
         evaluate.write(run.out / f"{name}.pt", on_cpu(net.state_dict()))
-    wait()
+    barrier()
 
 
 def load_weights(net, path):
@@ -556,7 +555,7 @@ def load_weights(net, path):
 
 def save_outliers(start, teacher, outliers, data, run):
     """Writes outliers.pt, given or made here, in the first process; the others wait."""
-    wait()
+    barrier()
     if is_first():
         begun, options = time.perf_counter(), run.options
         vit = teacher if isinstance(teacher, models.ViT) else None
@@ -566,7 +565,7 @@ def save_outliers(start, teacher, outliers, data, run):
         run.seconds["synthesize"] = time.perf_counter() - begun
         save_checkpoint(run, {"stage": "synthesize"})
         evaluate.write(run.out / "outliers.pt", on_cpu(outliers))
-    wait()
+    barrier()
 
 
 def on_cpu(tensors):
