@@ -1,10 +1,8 @@
 """The benchmark: image sets, scores, metrics, tables; and the detector of a trained network.
 
-    python evaluate.py runs/cifar100/student.pt --dataset cifar100 --data-root DIR   # all sets
-    python evaluate.py runs/cifar100/ce.pt runs/cifar100/student.pt --dataset cifar100 \\
-        --data-root DIR --ood FOLDER --plot out.png                                  # and yours
-    python evaluate.py runs/photos/student.pt --flag FOLDER > flags.csv     # verdict per image
-    python evaluate.py --collect runs/*/results.json                        # tables over seeds
+    python evaluate.py runs/cifar100/student.pt --dataset cifar100 --data-root DIR [--ood FOLDER]
+    python evaluate.py runs/photos/student.pt --flag FOLDER > flags.csv  # verdict per image
+    python evaluate.py --collect runs/*/results.json  # tables over seeds
 
 Lists, transform and metrics are those of OpenOOD v1.5 (arXiv 2306.09301). A score is a confidence:
 higher = more in-distribution.
@@ -16,13 +14,13 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
 import threading
 import time
 import unicodedata
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,12 +32,14 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torchvision import datasets
+from torchvision.transforms import functional as transforms
 
 import losses
 import models
 from models import fail
 
 SIZE, SIZES = 32, (32, 64, 128, 224)
+ID_SPLITS = ("train", "val", "test")
 CIFAR_FAR = ("mnist", "svhn", "texture", "places365")
 SHAPE_FAR = ("noise", "stripes", "flat", "gradient", "blobs")
 # Names of the classes, in the order of their labels.
@@ -73,7 +73,7 @@ def run(main):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # names of any bytes
     try:
         main()
         sys.stdout.flush()
@@ -81,17 +81,14 @@ def run(main):
         raise SystemExit(130)
     except FloatingPointError as problem:
         fail(f"{problem}: train it again, on more images or with a lower --w-* weight")
+    except BrokenPipeError:
+        os._exit(141)  # without the flush that would fail again
     except OSError as problem:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)  # else Python flushes a broken stdout again at exit
-        if not isinstance(problem, BrokenPipeError):
-            fail(problem)
-        os.dup2(null, 2)
-        raise SystemExit(141)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the flush at exit would fail again
+        fail(problem)
     except (MemoryError, RuntimeError) as problem:
-        words = ("MemoryError", "allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc",
-                 "start new thread")
-        if not any(word.lower() in repr(problem).lower() for word in words):
+        no_memory = "MemoryError|(allocate|out of) memory|ALLOC_FAILED|bad_alloc|start new thread"
+        if not re.search(no_memory, repr(problem)):
             raise
         fail("no memory left: take a smaller --size or another --device, and go on with --resume")
 
@@ -99,6 +96,7 @@ def run(main):
 def write(path, content):
     """Writes text, bytes, or another object by torch.save. An OSError leaves the old file whole."""
     path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
     if isinstance(content, str):
         content = content.encode()
     elif not isinstance(content, bytes):
@@ -106,7 +104,6 @@ def write(path, content):
         torch.save(content, buffer)
         content = buffer.getbuffer()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -119,17 +116,17 @@ def write(path, content):
         partial.unlink(missing_ok=True)
 
 
-# --- Images. --------------------------------------------------------------------------------------
+# --- Images.
 
 class ImageSet(NamedTuple):
-    """An ID set and its OOD sets."""
+    """An ID set and its OOD sets, whose labels mean nothing."""
     name: str
-    classes: list       # names, in the order of the labels
+    classes: list  # names, in the order of the labels
     mean: torch.Tensor  # [3], of the training images from 0 to 1
-    std: torch.Tensor   # [3]
-    groups: dict        # {"near", "far", "yours": names of OOD sets}; "yours" is in no mean
-    splits: dict        # {"train", "val", "test" or an OOD set: (uint8 [N, 3, S, S], int64 [N])}
-    sources: dict       # {split: "list", "torchvision", "drawn" or "folder"}
+    std: torch.Tensor  # [3]
+    groups: dict  # {"near", "far", "yours": names of OOD sets}; "yours" is in no mean
+    splits: dict  # {"train", "val", "test" or an OOD set: (uint8 [N, 3, S, S], labels [N])}
+    sources: dict  # {split: "list", "torchvision", "drawn" or "folder"}
 
     def missing(self):
         """Names of the benchmark's OOD sets that were not found."""
@@ -140,15 +137,13 @@ class ImageSet(NamedTuple):
 def to_tensor(image, size=SIZE):
     """PIL image of any size and mode -> uint8 [3, size, size] by OpenOOD's test transform."""
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        image = Image.fromarray(grey.astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     image, sides = image.convert("RGB"), np.array(image.size)
-    resized = size * sides // sides.min()
-    start = ((resized - size) / 2).round().astype(int)
-    if resized.max() <= 32 * size:
-        image = image.resize(resized.tolist(), Image.Resampling.BILINEAR)
-        image = image.crop([*start, *(start + size)])
-    else:  # long and thin: only the crop is computed, within 1 of 255, to save memory
+    if sides.max() <= 32 * sides.min():
+        image = transforms.center_crop(transforms.resize(image, size), size)
+    else:  # whole, a thin image would be enlarged to gigabytes
+        resized = size * sides // sides.min()
+        start = ((resized - size) / 2).round()
         box = [*(start * sides / resized), *((start + size) * sides / resized)]
         image = image.resize((size, size), Image.Resampling.BILINEAR, box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -158,7 +153,7 @@ def decode(paths, size=SIZE):
     """Image files -> (list of uint8 [3, size, size], {path: reason} of the unreadable files)."""
     images, bad, brightest = [], {}, []  # the brightest pixel of each 16-bit image
 
-    def read(path):
+    def read(path):  # -> the image, or why there is none
         if not os.path.isfile(path):
             return "not a regular file"  # opening a named pipe would wait for ever
         try:
@@ -170,15 +165,14 @@ def decode(paths, size=SIZE):
             return f"{type(problem).__name__}: {problem}".splitlines()[0]
 
     with ThreadPoolExecutor() as pool:
-        results = pool.map(read, paths)
-        for path, result in zip(models.progress("images read", paths), results):
-            if torch.is_tensor(result):
-                images.append(result)
+        for path, image in zip(models.progress("images read", paths), pool.map(read, paths)):
+            if torch.is_tensor(image):
+                images.append(image)
             else:
-                bad[str(path)] = result
+                bad[str(path)] = image
     if brightest and max(brightest) < 16384:
         note(f"note: the largest value of the {len(brightest)} 16-bit images is {max(brightest)} "
-             "of 65535: scale them to 16 bits")
+             "of 65535: scale them")
     return images, bad
 
 
@@ -189,86 +183,56 @@ def read_list(list_path, root, size):
     """
     if not list_path.is_file():
         return None
-    cache = list_path.stem if size == SIZE else f"{list_path.stem}_{size}"
-    cache = root / "oal_cache" / list_path.parent.name / f"{cache}.pt"
     text = list_path.read_text("utf-8-sig", "replace")
     key = hashlib.sha256(f"RGB, Resize({size}), CenterCrop({size})\n{text}".encode()).hexdigest()
+    cache = root / "oal_cache" / list_path.parent.name / f"{list_path.stem}_{size}.pt"
     try:
         saved = torch.load(cache, weights_only=True)
-        if saved["key"] == key and saved["crc"] == zlib.crc32(saved["images"].numpy().data):
+        if saved["key"] == key:
             return saved["images"], saved["labels"]
-    except Exception:  # absent or damaged: the images are decoded anew
+    except Exception:  # absent or damaged
         pass
     try:
         rows = [line.rsplit(maxsplit=1) for line in text.splitlines() if line.strip()]
         paths = [root / "images_classic" / path for path, _ in rows]
         labels = torch.tensor([int(label) for _, label in rows])
     except ValueError:
-        paths = []
-    if not paths:
-        fail(f"{list_path} is not a list, or empty: each line must be 'path label'")
+        fail(f"{list_path} is not a list: each line must be 'path label'")
     if not any(path.is_file() for path in paths):
-        note(f"none of the {len(paths)} images of {list_path} is there, the first is {paths[0]}")
+        note(f"none of the {len(paths)} images of {list_path} is there: "
+             f"{', '.join(map(str, paths[:1]))}")
         return None
     note(f"decoding the {len(paths)} images of {list_path.name}, once")
     images, bad = decode(paths, size)
-    for path, reason in bad.items():
-        fail(f"{len(bad)} of the {len(paths)} images of {list_path} cannot be read, the first is "
-             f"{path} ({reason}): restore it")
+    if bad:
+        fail(f"{len(bad)} of the {len(paths)} images of {list_path} cannot be read: "
+             f"restore {', '.join(bad)[:300]}")
     images = torch.stack(images)
     try:
-        write(cache, {"key": key, "crc": zlib.crc32(images.numpy().data), "images": images,
-                      "labels": labels})
+        write(cache, {"key": key, "images": images, "labels": labels})
     except OSError as problem:  # a read-only data folder costs time, not the run
         note(f"not cached: {problem}")
     return images, labels
 
 
-def from_torchvision(name, split, root, size):
-    """A set that torchvision downloads -> (images, labels), or None where that fails.
+def from_torchvision(dataset, split, root, size):
+    """A split that torchvision downloads -> (images, labels), None where that fails.
 
-    Of an ID set 'val' is the first 1,000 test images and 'test' the others, unlike OpenOOD's lists.
+    'val' is the first 1,000 test images and 'test' the others, unlike OpenOOD's lists.
     """
-    makers = {"cifar10": lambda: [datasets.CIFAR10(root, split == "train", download=True)],
-              "cifar100": lambda: [datasets.CIFAR100(root, split == "train", download=True)],
-              "svhn": lambda: [datasets.SVHN(root, "test", download=True)],
-              "mnist": lambda: [datasets.MNIST(root, train=False, download=True)],
-              "texture": lambda: [datasets.DTD(root, part, download=True)
-                                  for part in ("train", "val", "test")]}
-    if name not in makers:
-        return None
+    name, cifar = dataset if split in ID_SPLITS else split, [split == "train"]
     try:
-        pairs = [(to_tensor(image, size), label)
-                 for source in makers[name]() for image, label in source]
-    except Exception as problem:  # no network, a server's refusal, scipy missing for SVHN
+        kind, parts = {"cifar10": ("CIFAR10", cifar), "cifar100": ("CIFAR100", cifar),
+                       "svhn": ("SVHN", ["test"]), "mnist": ("MNIST", [False]),
+                       "texture": ("DTD", ["train", "val", "test"])}[name]
+        pairs = [(to_tensor(image, size), label) for part in parts
+                 for image, label in getattr(datasets, kind)(root, part, download=True)]
+    except Exception as problem:  # another set, no network, scipy missing for SVHN
         note(f"torchvision did not bring {name}: {problem}".splitlines()[0])
         return None
     images, labels = torch.stack([image for image, _ in pairs]), [label for _, label in pairs]
-    if split not in ("train", "val", "test"):
-        return images, torch.full((len(images),), -1)
-    part = {"train": slice(None), "val": slice(1000), "test": slice(1000, None)}[split]
+    part = {"val": slice(1000), "test": slice(1000, None)}.get(split, slice(None))
     return images[part], torch.tensor(labels)[part]
-
-
-def read_split(dataset, split, data_root, size):
-    """One split of a named set -> ((images, labels) or None for a missing OOD set, its source)."""
-    if dataset == "shapes":
-        return draw_set(split, size), "drawn"
-    root, is_id = Path(data_root), split in ("train", "val", "test")
-    list_path = root / "benchmark_imglist" / dataset / f"test_{split}.txt"
-    if is_id:
-        list_path = list_path.with_name(f"{split}_{dataset}.txt")
-    if (root / "benchmark_imglist").is_dir():
-        loaded, source = read_list(list_path, root, size), "list"
-    else:
-        loaded = from_torchvision(dataset if is_id else split, split, root, size)
-        source = "torchvision"
-    if is_id and loaded is None:
-        fail(f"no images of {list_path}: put OpenOOD v1.5's images_classic/ and benchmark_imglist/ "
-             f"into {root}")
-    if is_id and not 0 <= loaded[1].min() <= loaded[1].max() < len(NAMED[dataset][0]):
-        fail(f"{list_path} holds labels that {dataset} does not have: put back OpenOOD's list")
-    return loaded, source
 
 
 def load_set(dataset, data_root="data", size=SIZE, wanted=None, ood=()):
@@ -276,16 +240,30 @@ def load_set(dataset, data_root="data", size=SIZE, wanted=None, ood=()):
 
     wanted: the splits to read of a named set (all). A missing OOD set is left out.
     """
-    if dataset in NAMED:
+    root, lists = Path(data_root), Path(data_root) / "benchmark_imglist"
+    if dataset not in NAMED:
+        data, wanted = read_classes(dataset, size), ()
+    else:
         classes, mean, std, near, far = NAMED[dataset]
         data = ImageSet(dataset, classes, torch.tensor(mean), torch.tensor(std),
                         {"near": near, "far": far}, {}, {})
-        for split in ("train", "val", "test", *near, *far) if wanted is None else wanted:
-            loaded, source = read_split(dataset, split, data_root, size)
-            if loaded is not None:
-                data.splits[split], data.sources[split] = loaded, source
-    else:
-        data = read_classes(dataset, size)
+        wanted = wanted or (*ID_SPLITS, *near, *far)
+    for split in wanted:
+        file = f"{split}_{dataset}.txt" if split in ID_SPLITS else f"test_{split}.txt"
+        if dataset == "shapes":
+            content, source = draw_set(split, size), "drawn"
+        elif lists.is_dir():
+            content, source = read_list(lists / dataset / file, root, size), "list"
+        else:
+            content, source = from_torchvision(dataset, split, root, size), "torchvision"
+        if content:
+            data.splits[split], data.sources[split] = content, source
+        elif split in ID_SPLITS:
+            fail(f"no images of {lists / dataset / file}: put OpenOOD v1.5's images_classic/ and "
+                 f"benchmark_imglist/ into {root}")
+        if split in ID_SPLITS and not 0 <= content[1].min() <= content[1].max() < len(classes):
+            fail(f"{lists / dataset / file} holds labels that {dataset} does not have: put back "
+                 "OpenOOD's list")
     data.groups["yours"] = tuple(os.path.abspath(folder) for folder in ood)
     for folder in data.groups["yours"]:
         images, _, _ = read_folder(folder, size)
@@ -299,30 +277,35 @@ def read_folder(folder, size=SIZE):
 
     Links are followed. Folders that begin with '.' or '@' (copies, thumbnails) are left out.
     """
-    if not Path(folder).is_dir():
-        fail(f"{folder} is not a folder: name one that holds images")
     files, bad, left_out, visited = [], {}, [], set()
-    locked = lambda problem: bad.update({problem.filename: "a folder that cannot be listed"})
+
+    def locked(problem):
+        bad[problem.filename] = "a folder that cannot be listed"
+
     for here, folders, names in os.walk(folder, followlinks=True, onerror=locked):
-        folders.sort()
         if os.path.realpath(here) in visited:  # a link to a folder that was read
-            names, folders[:] = [], []
+            folders.clear()
+            continue
         visited.add(os.path.realpath(here))
         files += [os.path.join(here, name) for name in names]
-        left_out += [os.path.join(here, name) for name in folders if name[0] in ".@"]
-        folders[:] = [name for name in folders if name[0] not in ".@"]
+        left_out += [name for name in folders if name[0] in ".@"]
+        folders[:] = sorted(name for name in folders if name[0] not in ".@")
     endings = datasets.folder.IMG_EXTENSIONS
     paths = sorted(path for path in files if path.lower().endswith(endings))
     images, unreadable = decode(paths, size)
     bad |= unreadable
     for path, reason in bad.items():
         note(f"unreadable: {path} ({reason})")
-    hidden = f", {len(left_out)} folders left out, the first is {left_out[0]}" if left_out else ""
     note(f"{folder}: {len(images)} images, {len(bad)} unreadable, {len(files) - len(paths)} other "
-         f"files{hidden}")
+         f"files, {len(left_out)} folders left out")
     if not images:
         fail(f"{folder} holds no image that can be read: a name must end in {' '.join(endings)}")
     return torch.stack(images), [path for path in paths if path not in bad], bad
+
+
+def composed(name):
+    """A name as Linux writes it; macOS writes an accent apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def read_classes(folder, size=SIZE):
@@ -331,57 +314,54 @@ def read_classes(folder, size=SIZE):
     A missing split takes a tenth of each class of train/, or one image of a class of 4 to 9, by the
     digest of the path below the folder: every program splits alike, a new image moves few others.
     """
-    root, train, splits, names = Path(folder), Path(folder, "train"), {}, {}
+    root, train, splits = Path(folder), Path(folder, "train"), {}
     if not train.is_dir():
         fail(f"no folder {train}: put the images of each class into {train / 'CLASS'}")
-    plain = lambda name: unicodedata.normalize("NFC", name)  # macOS writes an accent apart
-    classes = sorted({plain(path.name) for path in train.iterdir()
+    classes = sorted({composed(path.name) for path in train.iterdir()
                       if path.is_dir() and path.name[0] not in ".@"})
     if len(classes) < 2:
-        held = f"the class {classes[0]} alone" if classes else "no class"
-        fail(f"{train} holds {held}: add another folder")
-    for name in ("train", "val", "valid", "validation", "test"):
-        split = "val" if name.startswith("val") else name
-        if split in splits or not (root / name).is_dir():
+        fail(f"{train} holds fewer than two classes: add a folder for each")
+    for name in ("validation", "valid", "val", "test", "train"):
+        if not (root / name).is_dir():
             continue
         images, paths, _ = read_folder(root / name, size)
-        names[split] = [plain(os.path.relpath(path, root)) for path in paths]
-        of_image = [Path(path).parts[1] for path in names[split]]
-        for label in set(of_image) - set(classes):
+        names = [composed(os.path.relpath(path, root)) for path in paths]
+        labels = [Path(name).parts[1] for name in names]
+        for label in set(labels) - set(classes):
             fail(f"{root / name / label} is no class of {train}: move it away, or add the class")
-        splits[split] = images, torch.tensor([classes.index(label) for label in of_image])
+        labels = torch.tensor([classes.index(label) for label in labels])
+        splits["val" if name.startswith("val") else name] = images, labels
 
-    images, labels = splits["train"]
+    # The last folder was train/: an absent split takes its share of it.
     absent = [split for split in ("val", "test") if split not in splits]
-    indices = {split: [] for split in ("train", *absent)}  # of the images in train/
-    rank = lambda i: hashlib.sha256(os.fsencode(names["train"][i])).digest()
+    digests = [hashlib.sha256(os.fsencode(name)).digest() for name in names]
+    chosen = {split: [] for split in ("train", *absent)}
     for label, name in enumerate(classes):
-        own = sorted((labels == label).nonzero().flatten().tolist(), key=rank)
+        own = sorted((labels == label).nonzero().flatten().tolist(), key=digests.__getitem__)
         tenth = max(len(own) // 10, 1) if len(own) >= 4 else 0
         for split in absent:
-            indices[split] += own[:tenth]
+            chosen[split] += own[:tenth]
             own = own[tenth:]
         if len(own) < 2:
             fail(f"the class {name} has {len(own)} images to train on in {train}: it needs 2")
-        indices["train"] += own
-    for split, chosen in indices.items():
-        if not chosen:
+        chosen["train"] += own
+    for split, indices in chosen.items():
+        if not indices:
             fail(f"{root} has no {split}/, and no class has 4 images: add images")
-        splits[split] = images[sorted(chosen)], labels[sorted(chosen)]
+        splits[split] = images[sorted(indices)], labels[sorted(indices)]
 
-    images, labels = splits["train"]
+    images, _ = splits["train"]
     note(f"{root}: {len(classes)} classes, {', '.join(classes)}; {len(images)} images to train on, "
          f"{len(splits['val'][0])} for thresholds, {len(splits['test'][0])} to test")
-    levels = torch.arange(256).double() / 255
-    counts = [channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]
-    shares = torch.stack(counts).double() / counts[0].sum()          # [3, 256]
-    mean = shares @ levels                                           # [3]
-    std = (shares @ levels ** 2 - mean ** 2).clamp_min(1e-4).sqrt()  # 0.01 if in one colour
+    means = torch.stack([image.double().mean((1, 2)) for image in images]) / 255  # [N, 3]
+    spreads = torch.stack([image.double().var((1, 2), correction=0) for image in images]) / 255 ** 2
+    mean = means.mean(0)  # [3]
+    std = (spreads.mean(0) + means.var(0, correction=0)).clamp_min(1e-4).sqrt()  # not 0
     return ImageSet(str(folder), classes, mean.float(), std.float(), {"near": (), "far": ()},
                     splits, dict.fromkeys(splits, "folder"))
 
 
-# --- Embedded images, drawn in a second: the whole method runs with no download. ------------------
+# --- Embedded images, drawn in a second: the whole method runs with no download.
 
 # Points x, y [N, H, W] at distance r from the origin -> whether they lie in the shape of radius 1.
 SHAPES = {"disc": lambda x, y, r: r < 0.9,
@@ -402,19 +382,20 @@ def draw_set(split, size=SIZE):
     """An embedded set -> (uint8 [N, 3, S, S], labels int64 [N]), the same on every machine.
 
     ID: 4 shapes x 2 textures of any colour, place, size and turn, on a gradient with clutter and
-    noise. 'held_out' (near-OOD): 4 other shapes drawn alike. None for an unknown name.
+    noise. 'held_out' (near-OOD): 4 other shapes drawn alike.
     """
-    if split not in SHAPES_SEEDS:
-        return None
     n = SHAPES_SIZES.get(split, 500)
     g = torch.Generator().manual_seed(SHAPES_SEEDS[split])
-    uniform = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=g)
+
+    def uniform(low, high):  # [N, 1, 1]
+        return low + (high - low) * torch.rand(n, 1, 1, generator=g)
+
     ticks = torch.linspace(-1, 1, size)
-    y, x = torch.meshgrid(ticks, ticks, indexing="ij")                                # [H, W]
+    y, x = torch.meshgrid(ticks, ticks, indexing="ij")  # [H, W]
     turn = uniform(0, 2 * math.pi)
     along, across = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()  # [N, H, W]
-    first = torch.rand(n, 3, 1, 1, generator=g)                          # two colours per image, at
-    second = (first + 0.3 + 0.4 * torch.rand(n, 3, 1, 1, generator=g)) % 1   # least 0.3 apart
+    first = torch.rand(n, 3, 1, 1, generator=g)  # two colours per image, at least 0.3 apart
+    second = (first + 0.3 + 0.4 * torch.rand(n, 3, 1, 1, generator=g)) % 1
     labels = torch.full((n,), -1)
     if split == "noise":
         images = torch.rand(n, 3, size, size, generator=g)
@@ -434,11 +415,11 @@ def draw_set(split, size=SIZE):
         clutter = torch.maximum(u.abs(), v.abs()) < uniform(0.05, 0.2)
         images = torch.where(clutter[:, None], torch.rand(n, 3, 1, 1, generator=g), images)
         scale, du, dv = uniform(0.6, 0.9), uniform(-0.2, 0.2), uniform(-0.2, 0.2)
-        u, v = (along - du) / scale, (across - dv) / scale               # the shape's coordinates
+        u, v = (along - du) / scale, (across - dv) / scale  # the shape's coordinates
         r = (u ** 2 + v ** 2).sqrt()
         shapes = HELD_OUT_SHAPES if split == "held_out" else SHAPES
-        masks = torch.stack([inside(u, v, r) for inside in shapes.values()])          # [4, N, H, W]
-        mask = masks[kinds // 2, torch.arange(n)]                                     # [N, H, W]
+        masks = torch.stack([inside(u, v, r) for inside in shapes.values()])  # [4, N, H, W]
+        mask = masks[kinds // 2, torch.arange(n)]  # [N, H, W]
         checks = ((u * 6).sin() * (v * 6).sin() > 0) & (kinds % 2 == 1)[:, None, None]
         images = torch.where((mask & ~checks)[:, None], second, images)
         images = torch.where((mask & checks)[:, None], torch.lerp(first, second, 0.4), images)
@@ -447,33 +428,25 @@ def draw_set(split, size=SIZE):
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
 
-# --- Scores. --------------------------------------------------------------------------------------
+# --- Scores.
 # (logits [N, C], features [N, D], ref) -> confidence [N]. `ref` is what a score may know of network
 # and training set: weight [C, D] of the classifier, features [M, D], their mean [D].
 
 
-def knn(logits, features, ref, k=50, megabytes=256):
-    """Minus the distance to the k-th nearest training feature, unit length (arXiv 2204.06507).
-
-    The centre is subtracted, else rounding would hide the distances of nearly equal features.
-    """
-    bank = F.normalize(ref["features"].double(), dim=1)
-    centre = bank.mean(0)
-    bank = (bank - centre).float()
-    queries = (F.normalize(features.double(), dim=1) - centre).float()
-    half = bank.square().sum(1) / 2                           # |q - b|^2 = |q|^2 + 2 (half - q b)
-    rows = max(1, megabytes * 2 ** 20 // (4 * len(bank)))
-    kth = []
-    for chunk in models.progress("chunks of nearest neighbours", queries.split(rows)):
-        gaps = torch.addmm(half, chunk, bank.T, alpha=-1)     # [rows, M]
-        kth.append(gaps.topk(min(k, len(bank)), largest=False, sorted=False)[0].amax(1))
-    return -(queries.square().sum(1) + 2 * torch.cat(kth)).clamp_min(0).sqrt()
+def knn(logits, features, ref):
+    """Minus the distance to the 50th nearest training feature, unit length (arXiv 2204.06507)."""
+    bank, queries = (F.normalize(x.double(), dim=1) for x in (ref["features"], features))
+    centre = bank.mean(0)  # subtracted, else rounding hides the distances of nearly equal features
+    bank, chunks = (bank - centre).float(), (queries - centre).float().split(500)
+    kth = [torch.cdist(chunk, bank).topk(min(50, len(bank)), largest=False)[0][:, -1]
+           for chunk in models.progress("chunks of nearest neighbours", chunks)]
+    return -torch.cat(kth)
 
 
 def fdbd(logits, features, ref):
     """Mean distance to the class boundaries over that to the training mean (arXiv 2312.11536)."""
     top, predicted = logits.max(1)
-    gap = torch.cdist(ref["weight"], ref["weight"])[predicted]      # [N, C], |w_pred - w_c|
+    gap = torch.cdist(ref["weight"], ref["weight"])[predicted]  # [N, C], |w_pred - w_c|
     distance = ((top[:, None] - logits) / gap.clamp_min(1e-12)).sum(1) / (logits.shape[1] - 1)
     return distance / (features - ref["mean"]).norm(dim=1).clamp_min(1e-12)
 
@@ -493,7 +466,7 @@ SCORES = {
     "knn": knn, "fdbd": fdbd, "micl": micl}
 
 
-# --- Metrics. -------------------------------------------------------------------------------------
+# --- Metrics.
 
 def detection_metrics(conf_id, conf_ood):
     """Confidences of ID [N] and OOD images [M] -> percentages as in OpenOOD v1.5.
@@ -506,20 +479,22 @@ def detection_metrics(conf_id, conf_ood):
     conf = np.concatenate([conf_id, conf_ood])
     if not len(conf_id) or not len(conf_ood) or np.isnan(conf).any():
         raise ValueError("detection_metrics: no ID or no OOD confidence, or one that is NaN")
-    order = np.argsort(conf)
-    conf, ood = conf[order], (order >= len(conf_id)).astype(np.float64)
-    ends = np.flatnonzero(np.r_[conf[1:] != conf[:-1], True])  # last of each group of ties
-    # OOD positive: the threshold rises, more OOD is caught and more ID flagged.
-    caught = np.cumsum(ood)[ends]
-    flagged = ends + 1 - caught
-    # ID positive: the threshold falls, more ID is kept and more OOD let in.
-    kept = (flagged[-1] - np.r_[0, flagged[:-1]])[::-1]
-    let_in = (caught[-1] - np.r_[0, caught[:-1]])[::-1]
+    is_id = np.arange(len(conf)) < len(conf_id)
+    caught, flagged = roc(-conf, ~is_id)  # OOD is the positive class
+    kept, let_in = roc(conf, is_id)
     return {"auroc": 100 * area(caught, flagged) / caught[-1] / flagged[-1],
             "aupr_in": 100 * area(kept / (kept + let_in), kept / kept[-1], start=1),
             "aupr_out": 100 * area(caught / (caught + flagged), caught / caught[-1], start=1),
             "fpr95": 100 * fpr_at_recall(caught, flagged, 0.95),
             "fpr95_id": 100 * fpr_at_recall(kept, let_in, 0.95)}
+
+
+def roc(score, positive):
+    """Counts of true and false positives [K] at or above each value of the score, falling."""
+    order = np.argsort(-score)
+    score, true = score[order], np.cumsum(positive[order])
+    ends = np.flatnonzero(np.r_[score[1:] != score[:-1], True])  # last of each group of ties
+    return true[ends], ends + 1 - true[ends]
 
 
 def area(y, x, start=0):
@@ -529,25 +504,23 @@ def area(y, x, start=0):
 
 
 def fpr_at_recall(true, false, recall):
-    """False-positive rate at the first point of scikit-learn's ROC curve that reaches the recall.
+    """False-positive rate at the first corner of the ROC curve that reaches the recall.
 
-    As in OpenOOD that curve has corners alone, no points on a straight line between two others.
+    Corners alone, as in OpenOOD: scikit-learn drops points on a straight line between two others.
     """
     i = np.argmax(true / true[-1] >= recall)
-    if 0 < i < len(true) - 1:  # the two ends are always on the curve
+    if 0 < i < len(true) - 1:  # the two ends are always kept
         bends = (np.diff(true[i - 1:], 2) != 0) | (np.diff(false[i - 1:], 2) != 0)
         i += np.argmax(np.r_[bends, True])
     return false[i] / false[-1]
 
 
 def threshold_at(conf_id, tpr):
-    """The confidence at or above which at least the share `tpr` of the ID images [N] lies."""
-    conf = np.sort(np.asarray(conf_id, dtype=np.float64))[::-1]
-    count = math.ceil(round(tpr * len(conf), 6))  # 0.55 * 100 is a little more than 55
-    return float(conf[max(1, count) - 1])
+    """The largest confidence that at least the share `tpr` of the ID images [N] reaches."""
+    return float(-np.quantile(-np.asarray(conf_id, np.float64), tpr, method="inverted_cdf"))
 
 
-# --- Benchmark. -----------------------------------------------------------------------------------
+# --- Benchmark.
 
 def reference(net, data):
     """What scores may know of a network and, where they are there, its training images."""
@@ -565,21 +538,19 @@ def evaluate(net, data, scores, ref):
               if name in data.splits}
     outputs = {name: models.predict(net, data.splits[name][0], data.mean, data.std)
                for name in ("test", *groups)}
-    labels = data.splits["test"][1]
-    hits = (outputs["test"][0].argmax(1) == labels).double()
-    entry = {"id_acc": 100 * hits.mean().item(), "n_id": len(labels), "scores": {}}
+    hits = (outputs["test"][0].argmax(1) == data.splits["test"][1]).double()
+    entry = {"id_acc": 100 * hits.mean().item(), "scores": {}}
     confidences = {}
     for score in scores:
         conf = {name: SCORES[score](*pair, ref).double() for name, pair in outputs.items()}
-        sets, means = {}, {}
-        for name, group in groups.items():
-            metrics = detection_metrics(conf["test"], conf[name])
-            sets[name] = {"group": group, "n": len(conf[name]), **metrics}
+        metrics = {name: detection_metrics(conf["test"], conf[name]) for name in groups}
+        means = {}
         for group in ("near", "far"):
-            members = [row for row in sets.values() if row["group"] == group]
+            members = [metrics[name] for name in groups if groups[name] == group]
             if members:  # an absent group has no mean
-                means[group] = {key: sum(row[key] for row in members) / len(members)
-                                for key in metrics}
+                means[group] = {key: np.mean([row[key] for row in members]) for key in members[0]}
+        sets = {name: {"group": groups[name], "n": len(conf[name]), **metrics[name]}
+                for name in groups}
         entry["scores"][score] = {**means, "sets": sets}
         confidences[score] = conf
     return entry, confidences
@@ -587,144 +558,118 @@ def evaluate(net, data, scores, ref):
 
 def describe(program, args, data):
     """What results.json says of every run."""
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__,
-                "numpy": np.__version__}
+    versions = {package.__name__: package.__version__ for package in (torch, torchvision, np)}
     return {"dataset": data.name, "size": args.size, "classes": data.classes,
             "command": shlex.join([program, *sys.argv[1:]]), "device": args.device,
             "versions": versions, "missing": data.missing(), "sources": data.sources}
 
 
-def headline(results):
-    """results.json's dict -> lines: accuracy, near and far of the start and of the student."""
-    start, student = results["models"]["ce"], results["models"]["oal"]
-    yield (f"accuracy  {start['id_acc']:6.2f} -> {student['id_acc']:6.2f}   cross-entropy network "
-           "-> student, percent")
-    for group in ("near", "far"):
-        if group in start["scores"]["ebo"]:
-            ebo, own = ([entry["scores"][score][group]["auroc"] for entry in (start, student)]
-                        for score in ("ebo", "micl"))
-            yield (f"{group + '-OOD':<9} {ebo[0]:6.2f} -> {own[1]:6.2f}   AUROC by ebo -> AUROC by "
-                   f"micl; ebo alone {ebo[0]:.2f} -> {ebo[1]:.2f}, micl alone {own[0]:.2f} -> "
-                   f"{own[1]:.2f}")
-
+# --- Tables and pictures.
 
 def table_rows(runs):
-    """results.json dicts -> {label: {seed: (entry of models, minutes of its training)}}.
-
-    A start given by --ce is left out if the run that trained it is there too.
-    """
-    kinds = [", ".join(str(results[key]) for key in ("dataset", "arch", "size") if key in results)
-             for results in runs]  # evaluate.py's results have no arch
-    trained = [results["models"]["ce"] for results in runs
-               if "seed" in results and not results["options"]["ce"]]
-    rows = {}
-    for number, (results, kind) in enumerate(zip(runs, kinds)):
-        for name, entry in results["models"].items():
-            label, seed = name, results.get("seed", f"run {number}")
-            if "seed" in results:  # a run of train.py
-                options, label = results["options"], results["label"]
-                if name == "ce" and options["ce"] and entry in trained:
+    """results.json dicts -> {label: {seed: (entry of "models", minutes of its training)}}."""
+    rows, starts = {}, []
+    for number, run in enumerate(runs):
+        seed = run.get("seed", f"run {number}")
+        for name, entry in run["models"].items():
+            label = run.get("label", name)  # evaluate.py's results have none
+            if name == "ce" and "label" in run:
+                if entry in starts:  # given by --ce
                     continue
-                if name == "ce":
-                    label = ("start" if options["ce"] else
-                             f"start: cross-entropy, {options['ce_epochs']} epochs")
-            row = rows.setdefault(f"{label} ({kind} px)" if len(set(kinds)) > 1 else label, {})
-            if seed in row and row[seed][0] != entry:
-                fail(f"two runs with different figures are seed {seed} of {label}: leave one out")
-            row[seed] = entry, results["seconds"].get(name, 0) / 60
+                starts.append(entry)
+                label = f"start of {label}" if seed in rows.get("start", {}) else "start"
+            row = rows.setdefault(label, {})
+            if seed in row:
+                fail(f"two runs are seed {seed} of {label}: leave one out")
+            row[seed] = entry, run["seconds"].get(name, 0) / 60
     return rows
+
+
+def mean_std(values):
+    spread = f"±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}" if values else ""
+
+
+def markdown(head, body):
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *body)]
+    return ["", lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
 def tables(runs):
     """results.json dicts -> the lines of two Markdown tables, mean±standard deviation (n - 1).
 
-    A row is a label over its seeds. Scores: those of ebo, fdbd, micl that all networks have, else
-    all that they share.
+    A row is a label over its seeds. Scores: ebo, fdbd and micl, else those that there are.
     """
-    rows = {label: list(zip(*row.values())) for label, row in table_rows(runs).items()}
-    entries = [entry for members, _ in rows.values() for entry in members]
-    common = [score for score in SCORES if all(score in entry["scores"] for entry in entries)]
-    scores = [score for score in common if score in ("ebo", "fdbd", "micl")] or common
-    sizes = [{name: row["n"] for name, row in entry["scores"][scores[0]]["sets"].items()}
-             for entry in entries]
-    if any(other != sizes[0] for other in sizes):
-        fail("the runs were measured on different OOD sets: make a table of each kind")
+    kinds = [[run["dataset"], run.get("arch"), run["size"],
+              {name: row["n"] for name, row in score["sets"].items()}]
+             for run in runs for entry in run["models"].values()
+             for score in entry["scores"].values()]
+    if any(kind != kinds[0] for kind in kinds):
+        fail("the runs differ in dataset, arch, size or OOD sets: make a table of each kind")
+    dataset, arch, _, sets = kinds[0]
+    first = next(iter(runs[0]["models"].values()))["scores"]
+    scores = [score for score in ("ebo", "fdbd", "micl") if score in first] or list(first)
+    columns = [(group, metric) for group in ("near", "far") if group in first[scores[0]]
+               for metric in ("auroc", "fpr95")]
 
-    def mean_std(values):
-        spread = f"±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.1f}{spread}" if values else ""
+    def cell(entries, name, metric):  # of a group or a set, by each score
+        by_score = [[entry["scores"][score] for entry in entries] for score in scores]
+        return " / ".join(mean_std([{**row, **row["sets"]}[name][metric] for row in rows])
+                          for rows in by_score)
 
-    def cell(members, name, metric):  # of a group or a set, by each score
-        figures = []
-        for score in scores:
-            found = [entry["scores"][score] for entry in members]
-            figures.append(mean_std([{**row, **row["sets"]}[name][metric] for row in found]))
-        return " / ".join(figures)
-
-    def table(head, body):
-        lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *body)]
-        return [lines[0], "|---" * len(head) + "|", *lines[1:]]
-
-    groups = [group for group in ("near", "far") if group in entries[0]["scores"][scores[0]]]
-    columns = [(group, metric) for group in groups for metric in ("auroc", "fpr95")]
-    titles = [f"{group} {metric.upper()}" for group, metric in columns]
-    heading = ", ".join(runs[0][key] for key in ("dataset", "arch") if key in runs[0])
-    body = [[label, len(members), mean_std([spent for spent in minutes if spent]),
-             mean_std([entry["id_acc"] for entry in members]),
-             *(cell(members, group, metric) for group, metric in columns)]
-            for label, (members, minutes) in rows.items()]
-    lines = [f"cells: {' / '.join(scores)}; minutes: of this training alone", "",
-             *table([heading, "runs", "minutes", "accuracy", *titles], body)]
-    if sizes[0]:
-        titles = [f"{title(name, sizes[0])} ({n})" for name, n in sizes[0].items()]
-        body = [[label, *(cell(members, name, "auroc") for name in sizes[0])]
-                for label, (members, _) in rows.items()]
-        lines += ["", *table(["AUROC", *titles], body)]
-    missing = sorted({name for results in runs for name in results["missing"]})
-    return lines + ([f"\nmissing, in no mean: {', '.join(missing)}"] if missing else [])
-
-
-def title(name, names):
-    """A set's heading: the last part of a folder, all of it where another set ends in that too."""
-    last = [Path(one).name for one in names]
-    return name if last.count(Path(name).name) > 1 else Path(name).name or name
+    means, aurocs = [], []
+    for label, row in table_rows(runs).items():
+        entries, minutes = zip(*row.values())
+        means.append([label, len(row), mean_std([spent for spent in minutes if spent]),
+                      mean_std([entry["id_acc"] for entry in entries]),
+                      *(cell(entries, *column) for column in columns)])
+        aurocs.append([label, *(cell(entries, name, "auroc") for name in sets)])
+    lines = [f"cells: {' / '.join(scores)}; minutes: of this training alone"]
+    lines += markdown([f"{dataset}, {arch}" if arch else dataset, "runs", "minutes", "accuracy",
+                       *(f"{group} {metric.upper()}" for group, metric in columns)], means)
+    if sets:
+        lines += markdown(["AUROC", *(f"{Path(name).name} ({n})" for name, n in sets.items())],
+                          aurocs)
+    missing = sorted({name for run in runs for name in run["missing"]})
+    return lines + ["", f"missing, in no mean: {', '.join(missing)}"] * bool(missing)
 
 
 def collect(paths):
-    """results.json files -> the lines of README's tables."""
+    """results.json files -> the lines of their tables."""
     try:
         return tables([json.loads(Path(path).read_text()) for path in paths])
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as problem:
-        fail(f"--collect {' '.join(map(str, paths))}: not results.json files of one benchmark "
-             f"({problem})")
+    except (ValueError, LookupError, AttributeError, TypeError) as problem:
+        fail(f"--collect {' '.join(map(str, paths))}: no results.json of one benchmark ({problem})")
 
 
-def plot(path, columns, tpr):
+def plot(path, columns):
     """{heading: {set: conf [N]}} -> a picture: per OOD set its histogram beside the ID set's."""
     from matplotlib.figure import Figure
+
+    def drawable(text):  # not UTF-8, it cannot be drawn; a dollar would begin a formula
+        return text.encode(errors="replace").decode().replace("$", r"\$")
+
     names = [name for name in next(iter(columns.values())) if name != "test"]
-    # A file name that is not UTF-8 cannot be drawn, and a dollar would begin a formula.
-    readable = lambda text: text.encode(errors="replace").decode().replace("$", r"\$")
     figure = Figure(figsize=(3.2 * len(columns), 1.6 * len(names)))
     axes = figure.subplots(len(names), len(columns), squeeze=False)
     for row, name in zip(axes, names):
         for axis, (heading, conf) in zip(row, columns.items()):
-            both = np.concatenate([conf["test"], conf[name]])
-            bins = np.linspace(*np.quantile(both, [0.001, 0.999]), 60)
-            for key, label in (("test", "ID"), (name, readable(title(name, names)))):
-                axis.hist(conf[key].numpy(), bins, density=True, alpha=0.6, label=label)
-            axis.axvline(threshold_at(conf["test"], tpr), color="black", linewidth=1)
-            auroc = detection_metrics(conf["test"], conf[name])["auroc"]
-            axis.set_title(f"{readable(heading)}, AUROC {auroc:.1f}", fontsize=9)
+            pair = [conf["test"].numpy(), conf[name].numpy()]
+            low, high = np.quantile(np.concatenate(pair), [0.001, 0.999])
+            axis.hist(pair, 60, range=(low, high), density=True, histtype="stepfilled",
+                      alpha=0.6, label=["ID", drawable(Path(name).name)])
+            axis.axvline(threshold_at(conf["test"], 0.95), color="black", linewidth=1)
+            auroc = detection_metrics(*pair)["auroc"]
+            axis.set_title(f"{drawable(heading)}, AUROC {auroc:.1f}", fontsize=9)
             axis.set_yticks([])
             axis.legend(fontsize=7)
     figure.tight_layout()
     picture = io.BytesIO()
-    figure.savefig(picture, format=Path(path).suffix[1:].lower(), dpi=70)
+    figure.savefig(picture, format="png", dpi=70)
     write(path, picture.getvalue())
 
 
-# --- The detector: NAME.pt has the weights, NAME.detector.pt what else a verdict needs. -----------
+# --- The detector: NAME.pt has the weights, NAME.detector.pt what else a verdict needs.
 
 class Detector:
     """detector(images uint8 [N, 3, S, S]) -> (class indices int64 [N], scores [N], P(ID) [N]).
@@ -735,8 +680,7 @@ class Detector:
     a = tau = math.nan
 
     def __init__(self, net, content):
-        self.net = net
-        self.__dict__.update(content)
+        vars(self).update(content, net=net)
 
     def __call__(self, images):
         logits, features = models.predict(self.net, images, self.image_mean, self.image_std)
@@ -769,65 +713,44 @@ def detector_of(net, arch, data, critic=None):
 
 def beside(path):
     """NAME.pt -> the path NAME.detector.pt."""
-    return Path(os.path.splitext(path)[0] + ".detector.pt")
+    return os.path.splitext(path)[0] + ".detector.pt"
 
 
 def read_detector(path):
     """NAME.pt -> the dict of the NAME.detector.pt beside it, None if there is none."""
-    if not beside(path).exists():
+    if not os.path.exists(beside(path)):
         return None
     try:
         content = torch.load(beside(path), map_location="cpu", weights_only=True)
-        keys = ["image_mean", "image_std", "mean", "threshold", *({"a", "tau"} & content.keys())]
-        shapes = [tuple(content[key].shape) for key in keys]
-        fits = (shapes[:2] == [(3,), (3,)] and not any(shapes[3:])
-                and all(content[key].isfinite().all() for key in keys)
-                and min(content["image_std"]) > 0 and content.get("a", 1) > 0
-                and all(isinstance(name, str) for name in (content["digest"], *content["classes"]))
-                and type(content["size"]) is type(content["n_val"]) is int
-                and content["size"] in SIZES and content["n_val"] > 0)
-    except Exception:  # a text file, a truncated archive, other entries
-        fits = False
-    if not fits:
-        fail(f"{beside(path)} is not a detector: remove it, and name the ID set by --dataset")
-    return content
+        tensors = [content[key] for key in ("image_mean", "image_std", "mean", "threshold")]
+        tensors += [content[key] for key in ("a", "tau") if key in content]
+        if ([tensor.dim() for tensor in tensors[:4]] == [1, 1, 1, 0] and content["size"] in SIZES
+                and all(tensor.isfinite().all() for tensor in tensors)
+                and {"classes", "n_val", "digest"} <= content.keys()):
+            return content
+    except Exception:  # cut short, text, or without an entry
+        pass
+    fail(f"{beside(path)} is not a detector: remove it, and name the ID set by --dataset")
 
 
-def open_network(path, content, size, device, data=None):
-    """-> (network on the device, data with the mean and std that NAME.detector.pt has).
-
-    A note says where data is not what the network was trained on.
-    """
-    classes = data.classes if data else content["classes"]
-    net = models.to_device(models.load_network(path, len(classes), size=size), device)
-    if not content:
-        return net, data
-    if content["digest"] != digest(net) or content["mean"].shape != (net.fc.in_features,):
-        fail(f"{beside(path)} belongs to other weights than {path}: put back the two files of one run")
-    if not data:
-        return net, None
-    differs = []
-    if list(classes) != content["classes"]:
-        differs.append("classes (labels are compared by number)")
-    if size != content["size"]:
-        differs.append(f"size ({size}, trained at {content['size']})")
-    if not torch.allclose(data.mean, content["image_mean"], atol=1e-3):
-        differs.append("mean of the images (the network's own is used)")
-    if differs:
-        note(f"note: --dataset {data.name} is not what {path} was trained on: {', '.join(differs)}")
-    return net, data._replace(mean=content["image_mean"], std=content["image_std"])
+def open_network(path, content, classes, size, device):
+    """A file of weights -> the network on the device, to which content, if any, must belong."""
+    net = models.load_network(path, len(classes), size=size)
+    if content and content["digest"] != digest(net):
+        fail(f"{beside(path)} belongs to other weights than {path}: put back the files of one run")
+    return models.to_device(net, device)
 
 
 def load_detector(path, device="cpu"):
     """A file of weights NAME.pt with NAME.detector.pt beside it -> a Detector; no images needed."""
     content = read_detector(path)
-    if content is None:
+    if not content:
         fail(f"no {beside(path)}: name the ID set of {path} by --dataset")
-    net, _ = open_network(path, content, content["size"], device)
+    net = open_network(path, content, content["classes"], content["size"], device)
     return Detector(net, content)
 
 
-# --- Command line. --------------------------------------------------------------------------------
+# --- Command line.
 
 def number(kind, low, high):
     """An argparse type: a finite number of the kind, int or float, from low to high."""
@@ -848,30 +771,29 @@ def common_parser(doc):
     parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument("--dataset", metavar="{" + ",".join(NAMED) + ",FOLDER}",
-                        help="the ID set (shapes); FOLDER holds train/CLASS/... (val/, test/)")
+    parser.add_argument("--dataset", metavar="{" + ",".join(NAMED) + ",FOLDER}", default="shapes",
+                        help="the ID set (%(default)s); FOLDER holds train/CLASS/... (val/, test/)")
     parser.add_argument("--size", type=int, choices=SIZES, help="side of the images (32)")
-    parser.add_argument("--data-root", metavar="DIR",
-                        help="in the OpenOOD v1.5 layout, or where torchvision downloads (data)")
+    parser.add_argument("--data-root", metavar="DIR", default="data", help="in the OpenOOD v1.5 "
+                        "layout, or where torchvision downloads (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
                         "mps" if torch.backends.mps.is_available() else "cpu")
     return parser
 
 
 def check_common(args):
-    """Fills in the defaults of the shared options; ends the program where one is of no use."""
-    args.dataset, args.size = args.dataset or "shapes", args.size or SIZE
+    """Ends the program where a shared option is of no use; fills in the size."""
+    args.size = args.size or SIZE
     try:
-        (torch.zeros(1, device=args.device) + 1).item()  # no value comes back from 'meta'
+        torch.zeros(1, device=args.device).item()  # no value comes back from 'meta'
     except (RuntimeError, AssertionError, ImportError) as problem:  # without CUDA: AssertionError
         fail(f"no device {args.device}: {str(problem).splitlines()[0]}")
     if args.dataset in NAMED and args.size not in (SIZE, 224):
         fail(f"--size {args.size}: the images of {args.dataset} are {SIZE} wide: leave it out")
     if args.dataset not in NAMED and not Path(args.dataset).is_dir():
         fail(f"no dataset {args.dataset}: name a folder, or one of {', '.join(NAMED)}")
-    if args.data_root and not Path(args.data_root).is_dir():
+    if args.data_root != "data" and not Path(args.data_root).is_dir():
         fail(f"no data root {args.data_root}: name a folder")
-    args.data_root = args.data_root or "data"
 
 
 def main():
@@ -881,9 +803,8 @@ def main():
     parser.add_argument("--ood", nargs="+", action="extend", default=[], metavar="FOLDER",
                         help="folders of your own OOD images")
     parser.add_argument("--flag", metavar="FOLDER",
-                        help="print class, score (micl for all), verdict, P(ID) of each image")
-    parser.add_argument("--threshold-tpr", type=number(float, 1e-6, 1), metavar="T", default=0.95,
-                        help="the threshold accepts this share of the ID images (0.95)")
+                        help="print class, micl, verdict and P(ID) of each image of the folder, by "
+                        "NAME.detector.pt, else by the images of --dataset")
     parser.add_argument("--plot", metavar="FILE.png", help="histograms (ebo and micl for all)")
     parser.add_argument("--collect", nargs="+", action="extend", metavar="RESULTS.json",
                         help="print the tables of these runs and stop")
@@ -892,51 +813,42 @@ def main():
     if args.collect:
         print("\n".join(collect(args.collect)))
         return
-    if not args.checkpoints or args.flag and (len(args.checkpoints) > 1 or args.plot or args.ood):
-        fail("checkpoints: name files of weights, one for --flag without --plot and --ood")
-    contents = [read_detector(path) for path in args.checkpoints]
-    sizes = {content["size"] for content in contents if content}
-    given = args.dataset
-    if len(sizes) == 1 and (given or not args.flag):
-        args.size = args.size or sizes.pop()
+    if not args.checkpoints:
+        fail("no checkpoints: name files of weights")
+    if args.flag and (args.checkpoints[1:] or args.plot or args.ood or args.score != "all"):
+        fail("--flag judges by one network's micl: leave out --score, --plot and --ood")
+    details = [read_detector(path) for path in args.checkpoints]
+    sizes = [content["size"] for content in details if content]
+    if sizes and not args.flag:
+        args.size = args.size or sizes[0]
     check_common(args)
     if args.flag:
-        flag(args, contents[0], given)
+        flag(args)
     else:
-        measure(args, contents)
+        measure(args, details)
 
 
-def measure(args, contents):
+def measure(args, details):
     """Networks on the benchmark: prints the tables, writes results.json and the picture."""
     path = Path(args.out) / "results.json"
     if path.exists() and '"command": "evaluate.py' not in path.read_text(errors="replace"):
         fail(f"{path} holds another program's results: name another folder with --out")
-    drawable = args.plot and args.plot.lower().endswith((".png", ".pdf", ".svg"))
-    if args.plot and not (drawable and find_spec("matplotlib")):
-        fail(f"--plot {args.plot}: install matplotlib; the file must end in .png, .pdf or .svg")
+    if args.plot and not (args.plot.lower().endswith(".png") and find_spec("matplotlib")):
+        fail(f"--plot {args.plot}: install matplotlib, and name a file that ends in .png")
     start, columns = time.perf_counter(), {}
     scores = list(SCORES) if args.score == "all" else [args.score]
-    of_train = ("knn",) if all(contents) else ("knn", "fdbd", "micl")  # a detector knows the mean
-    lists = Path(args.data_root) / "benchmark_imglist" / args.dataset
-    train_list = lists / f"train_{args.dataset}.txt"
-    listed = args.dataset in NAMED and lists.is_dir()
-    if args.score == "all" and listed and not train_list.is_file():
-        scores = [score for score in scores if score not in of_train]
-        note(f"no {train_list}: {', '.join(of_train)} left out")
-    needs_train = any(score in of_train for score in scores)
-    wanted = ["train", "test"] if needs_train else ["test"]
+    splits = ["test"] if args.score in ("msp", "mls", "ebo") else ["train", "test"]
     if args.dataset in NAMED:
-        wanted += [*NAMED[args.dataset][3], *NAMED[args.dataset][4]]
-    data = load_set(args.dataset, args.data_root, args.size, wanted, args.ood)
-    if not set(data.splits) - {"train", "val", "test"}:
+        splits += [*NAMED[args.dataset][3], *NAMED[args.dataset][4]]
+    data = load_set(args.dataset, args.data_root, args.size, splits, args.ood)
+    if not set(data.splits) - set(ID_SPLITS):
         fail(f"no OOD set of {data.name} is there: name folders with --ood")
     results = {**describe("evaluate.py", args, data), "models": {}}
-    for file, content in zip(args.checkpoints, contents):
+    for file, content in zip(args.checkpoints, details):
         name = Path(file).stem if Path(file).stem not in results["models"] else file
-        net, own = open_network(file, content, args.size, args.device, data)
-        ref = reference(net, own)
-        if content:
-            ref["mean"] = content["mean"]
+        net = open_network(file, content, data.classes, args.size, args.device)
+        own = as_trained(file, content, data) if content else data
+        ref = reference(net, own) | ({"mean": content["mean"]} if content else {})
         results["models"][name], conf = evaluate(net, own, scores, ref)
         columns |= {f"{name}: {score}": conf[score] for score in scores
                     if score in ("ebo", "micl", args.score)}
@@ -944,41 +856,41 @@ def measure(args, contents):
     print("\n".join(tables([results])))
     write(path, json.dumps(results, indent=1))
     if args.plot:
-        plot(args.plot, columns, args.threshold_tpr)
+        plot(args.plot, columns)
     print(f"written: {path}{f', {args.plot}' if args.plot else ''}")
 
 
-def flag(args, content, dataset):
-    """Prints a CSV: path, predicted class, score, verdict and P(ID) of each image of a folder.
+def as_trained(path, content, data):
+    """-> data with the mean and std of the network's training; a note says what else differs."""
+    own = {"classes": list(data.classes), "size": data.splits["test"][0].shape[-1]}
+    differs = [key for key in own if own[key] != content[key]]
+    if not torch.allclose(data.mean, content["image_mean"], atol=1e-3):
+        differs.append("mean of the images")
+    if differs:
+        note(f"note: {data.name} is not what {path} was trained on: other {', '.join(differs)}; "
+             "labels are compared by number")
+    return data._replace(mean=content["image_mean"], std=content["image_std"])
 
-    Images of the ID set are read if the detector lacks the score, the threshold, or is not there.
-    """
-    path, score = args.checkpoints[0], "micl" if args.score == "all" else args.score
-    by_detector = content and score == "micl" and args.threshold_tpr == 0.95
-    if by_detector and not dataset:
-        data, args.size = None, content["size"]
-    elif content and not dataset and content["classes"] != SHAPE_CLASSES:
-        fail("another score or threshold needs images of the ID set: name it by --dataset")
+
+def flag(args):
+    """Prints a CSV: path, predicted class, micl, verdict and P(ID) of each image of a folder."""
+    path, = args.checkpoints
+    if os.path.exists(beside(path)):
+        detector = load_detector(path, args.device)
     else:
-        data = load_set(args.dataset, args.data_root, args.size, ("train", "val"))
-    net, data = open_network(path, content, args.size, args.device, data)
-    detector = Detector(net, content or detector_of(net, "", data))
-    threshold, n_val = detector.threshold.item(), detector.n_val
-    images, paths, bad = read_folder(args.flag, args.size)
-    labels, conf, p_id = detector(images)
-    if not by_detector:
-        ref, val = {**reference(net, data), "mean": detector.mean}, data.splits["val"][0]
-        of_val, conf = (SCORES[score](*models.predict(net, some, data.mean, data.std), ref)
-                        for some in (val, images))
-        threshold, n_val = threshold_at(of_val.double(), args.threshold_tpr), len(val)
-    rows = [["path", "class", score, "verdict", "p_id"]]
-    for name, label, value, p in zip(paths, labels.tolist(), conf.double().tolist(), p_id.tolist()):
-        rows.append([name, detector.classes[label], f"{value:.6f}",
-                     "ID" if value >= threshold else "OOD", "" if math.isnan(p) else f"{p:.4f}"])
+        data = load_set(args.dataset, args.data_root, args.size, ["train", "val"])
+        net = open_network(path, None, data.classes, args.size, args.device)
+        detector = Detector(net, detector_of(net, "", data))
+    images, paths, bad = read_folder(args.flag, detector.size)
+    labels, score, p_id = (values.tolist() for values in detector(images))
+    threshold = detector.threshold.item()
+    rows = [["path", "class", "micl", "verdict", "p_id"]]
+    for name, label, ratio, p in zip(paths, labels, score, p_id):
+        rows.append([name, detector.classes[label], f"{ratio:.6f}",
+                     "ID" if ratio >= threshold else "OOD", "" if math.isnan(p) else f"{p:.4f}"])
     rows += [[name, "", "", "unreadable", ""] for name in bad]
     csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
-    note(f"threshold {threshold:.6f}: {args.threshold_tpr:.0%} of the {n_val} validation images "
-         "reach it")
+    note(f"threshold {threshold:.6f}: 95% of the {detector.n_val} validation images reach it")
 
 
 if __name__ == "__main__":
