@@ -2,15 +2,12 @@
 
     python synthesize.py runs/cifar100/ce.pt --dataset cifar100 --data-root DIR --out outliers.pt
 
-1. `boundary_outliers`: per class, the training features farthest from their class by k-nearest-
-   neighbour distance, and around them the Gaussian draws farther still (the paper's section 3.2).
-2. A latent diffusion model, trained here in about a minute, learns the latents of ID images given
-   their unit features, then draws latents under the boundary outliers. A latent is the code of a
-   stage-2 feature map; decoded, it enters the network between `lower` and `upper`.
-
-With `--generator sd` and a GPU the latents are Stable Diffusion's, as in the paper.
+1. Per class, the training features farthest from their class by k-nearest-neighbour distance, and
+   around them the Gaussian draws farther still: boundary outliers (the paper's section 3.2).
+2. A latent diffusion model, trained here in a minute, learns the latents of ID images given their
+   unit features, then draws latents under the boundary outliers. A latent is the code of a stage-2
+   feature map; decoded, it enters the network between `lower` and `upper`.
 """
-import io
 import math
 from pathlib import Path
 
@@ -23,103 +20,100 @@ import evaluate
 import models
 from models import fail
 
-# --- Boundary outliers. ---------------------------------------------------------------------------
 
+# --- Boundary outliers.
 
 def unit_features(net, data):
     """Training images -> features [N, D] of unit length, on the network's device."""
     images, _ = data.splits["train"]
-    return torch.cat([F.normalize(features, dim=1)
-                      for _, features in models.feature_batches(net, images, data.mean, data.std)])
+    return torch.cat([F.normalize(features, dim=1) for _, features
+                      in models.feature_batches(net, images, data.mean, data.std)])
 
 
 def kth_distance(queries, bank, k):
-    """Distance of unit vectors queries [Q, D] to their k-th nearest in bank [N, D], k from 1: [Q]."""
-    kth = (queries @ bank.T).topk(k, dim=1, sorted=False)[0].amin(1)          # cosines [Q]
-    return (2 - 2 * kth).clamp_min(0).sqrt()
+    """Unit vectors queries [Q, D] -> their distance to the k-th nearest in bank [N, D]: [Q]."""
+    cosine = (queries @ bank.T).topk(k, dim=1, sorted=False)[0].amin(1)  # [Q]
+    return (2 - 2 * cosine).clamp_min(0).sqrt()
 
 
 @torch.no_grad()
 def boundary_outliers(features, labels, per_class=100, generator=None, k_fraction=0.6, boundary=50,
                       draws=1500, keep=2, sigma=0.07):
-    """Outliers about the boundary of every class -> (float32 [C * per_class, D] unit, labels int64).
+    """Outliers about the boundary of every class -> (float32 [C * per_class, D] unit, labels).
 
-    features float32 [N, D] of any length, labels int64 [N]. Per class, the distance to the k-th
-    nearest image ranks the images (k = k_fraction of the class: 300 of 500 as released); the
-    `boundary` farthest are the boundary. Around each in turn `draws` samples of N(0, s^2 I) are
-    renormalised, and the `keep` farthest stay, until the class has per_class. NPOS: 2303.02966.
+    features float32 [N, D] of any length, labels int64 [N]. Per class, the `boundary` images with
+    the farthest k-th neighbour (k = k_fraction of the class) are its boundary. Around each in turn
+    the `keep` farthest of `draws` samples of N(0, s^2 I), renormalised, are kept. NPOS: 2303.02966.
 
-    The cosine of a sample to its boundary point is about 1 / sqrt(1 + s^2 D). So that it does not
-    depend on D, s = sigma sqrt(768 / D): the released teacher has D = 768 and sigma = 0.07.
+    s = sigma sqrt(768 / D): the cosine of a sample to its boundary point, about
+    1 / sqrt(1 + s^2 D), is that of the released teacher, D = 768, at any D.
     ValueError if a class has one image, which has no neighbour, or a feature is not finite.
     """
-    if not torch.isfinite(features).all():
+    if not features.isfinite().all():
         raise ValueError("boundary_outliers: a feature is not finite")
     features = F.normalize(features.float(), dim=1)
     generator = generator or torch.Generator(features.device).manual_seed(0)
     s = sigma * math.sqrt(768 / features.shape[1])
     classes, outliers = labels.unique(), []
     for label in models.progress("classes with boundary outliers", classes.tolist()):
-        bank = features[labels == label]                                      # [n, D]
+        bank = features[labels == label]  # [n, D]
         if len(bank) < 2:
             raise ValueError(f"boundary_outliers: class {label} has a single image")
         k = max(1, min(len(bank) - 1, round(k_fraction * len(bank))))
         own = kth_distance(bank, bank, k + 1)  # k + 1: an image is its own nearest neighbour
-        points = bank[own.argsort(descending=True, stable=True)[:boundary]]   # [P, D]
+        points = bank[own.argsort(descending=True, stable=True)[:boundary]]  # [P, D]
         kept = []
         while sum(map(len, kept)) < per_class:
             point = points[len(kept) % len(points)]
             noise = torch.randn(draws, bank.shape[1], generator=generator, device=generator.device)
-            sample = F.normalize(point + s * noise.to(bank.device), dim=1)    # [draws, D]
+            sample = F.normalize(point + s * noise.to(bank.device), dim=1)  # [draws, D]
             kept.append(sample[kth_distance(sample, bank, k).topk(min(keep, draws))[1]])
         outliers.append(torch.cat(kept)[:per_class])
     return torch.cat(outliers), classes.repeat_interleave(per_class)
 
 
 @torch.no_grad()
-def gaussian_outliers(features, labels, per_class, generator, draws=10000):
+def gaussian_outliers(features, labels, per_class, generator):
     """The virtual outliers of VOS (arXiv 2202.01197), a peer -> float32 [C * per_class, D].
 
-    features [N, D], labels [N] on the CPU. Each class is a Gaussian about its mean, with the
-    covariance that all classes share; of `draws` samples the per_class of lowest density stay. VOS
-    refits its Gaussians as it trains; here they are those of the start.
+    features [N, D], labels [N] on the CPU. Each class is a Gaussian about its mean, all of one
+    covariance; of 10,000 draws the per_class of lowest density stay. VOS refits as it trains.
     """
     classes = labels.unique()
     features = features.double()  # in float32 the Cholesky root can fail
-    means = torch.stack([features[labels == label].mean(0) for label in classes])         # [C, D]
+    means = torch.stack([features[labels == label].mean(0) for label in classes])  # [C, D]
     centred = features - means[torch.searchsorted(classes, labels)]
     covariance = centred.T @ centred / len(features)
-    ridge = 1e-4 * torch.eye(len(covariance)).double()                                    # as released
-    root = torch.linalg.cholesky(covariance + ridge)                                      # [D, D]
+    covariance.diagonal().add_(1e-4)  # as released
+    root = torch.linalg.cholesky(covariance)  # [D, D]
     outliers = []
     for mean in means:
-        z = torch.randn(draws, len(root), generator=generator)
-        z = z[z.square().sum(1).topk(per_class)[1]]                       # lowest density: longest
+        z = torch.randn(10000, len(root), generator=generator)
+        z = z[z.square().sum(1).topk(per_class)[1]]  # lowest density: longest
         outliers.append((mean + z.double() @ root.T).float())
     return torch.cat(outliers)
 
 
-# --- Latents: codes of stage-2 maps, by their principal components over the training set. The code
-# is linear: a synthesised code can replace the coded part of a real map and keep the rest of it.
+# --- Latents: codes of stage-2 maps.
 
 CODE = 256   # numbers per latent
-BATCH = 256  # latents per step of the diffusion model's training
+BATCH = 256  # images per step of training
 
 
 @torch.no_grad()
 def fit_codec(maps):
     """Maps [N, C, H, W] -> codec {mean [P], basis [L, P] orthonormal, scale []}, P = C H W.
 
-    L = 256 principal components, or fewer: none of negligible variance. Exact, by the Gram matrix.
+    L = CODE principal components, or those of more than rounding's variance, by the Gram matrix.
     """
-    x = maps.float().flatten(1)                                                           # [N, P]
+    x = maps.float().flatten(1)  # [N, P]
     mean, energy = x.mean(0), x.square().sum().item()
     x = x - mean
-    values, vectors = torch.linalg.eigh((x @ x.T).cpu())                                  # ascending
-    least = max(1e-6 * values[-1].item(), 1e-10 * energy)                                 # rounding
+    values, vectors = torch.linalg.eigh((x @ x.T).cpu())  # ascending
+    least = max(1e-6 * values[-1].item(), 1e-10 * energy)
     size = min(CODE, len(x) - 1, int((values > least).sum()))
     values, vectors = values[len(x) - size:], vectors[:, len(x) - size:]
-    basis = F.normalize(vectors.T.to(x) @ x, dim=1)                                       # [L, P]
+    basis = F.normalize(vectors.T.to(x) @ x, dim=1)  # [L, P]
     return {"mean": mean, "basis": basis, "scale": (values.mean() / len(x)).sqrt().to(x)}
 
 
@@ -146,37 +140,52 @@ def decode(codes, codec, shape):
     return (codes * codec["scale"] @ codec["basis"] + codec["mean"]).unflatten(1, shape)
 
 
-# --- Latent diffusion: v-prediction (arXiv 2202.00512), cosine schedule, classifier-free guidance
-# (arXiv 2207.12598).
+def outlier_maps(maps, outliers, draws, noise=None):
+    """Maps of ID images [B, C, H, W], tensors of outliers.pt -> outlier maps [M, C, H, W].
 
+    draws [M, 4] in 0..1 choose a latent, a host among the maps, and factors from 0 to 2 for the
+    latent, which replaces the host's code, and for the detail that the code leaves out. With a
+    generator `noise`, the row to beat: the host plus Gaussian noise as strong, no latent.
+    """
+    latents, shape = outliers["latent"], maps.shape[1:]
+    chosen, host, contrast, detail = draws.T
+    hosts = maps.detach()[(host * len(maps)).long()].float()  # [M, C, H, W]
+    if noise:
+        return hosts + hosts.std() * torch.randn(hosts.shape, generator=noise, device=hosts.device)
+    codes = 2 * contrast[:, None] * latents[(chosen * len(latents)).long()]  # [M, L]
+    with torch.autocast(hosts.device.type, enabled=False):
+        rest = hosts - decode(encode(hosts, outliers), outliers, shape)
+        return decode(codes, outliers, shape) + 2 * detail[:, None, None, None] * rest
+
+
+# --- Latent diffusion: v-prediction (arXiv 2202.00512), cosine schedule.
 
 class Denoiser(nn.Module):
     """Noised latents [B, L], time [B] in 0..1, condition [B, D] -> predicted velocity [B, L].
 
     The velocity of a Gaussian with the latents' means and variances, in closed form, plus a
-    residual MLP whose blocks time and condition shift and scale. `null` is the condition 'none'.
+    residual MLP whose four blocks time and condition shift and scale.
     """
 
-    def __init__(self, mean, variance, cond_dim, width=512, blocks=4):
+    def __init__(self, mean, variance, cond_dim, width=512):
         super().__init__()
-        self.register_buffer("mean", mean)                                                # [L]
-        self.register_buffer("variance", variance)                                        # [L]
+        self.register_buffer("mean", mean)  # [L]
+        self.register_buffer("variance", variance)  # [L]
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(100), 32)))
-        self.null = nn.Parameter(torch.zeros(cond_dim))
         self.embed = nn.Sequential(nn.Linear(cond_dim + 64, width), nn.SiLU())
         self.enter = nn.Linear(len(mean), width)
-        self.shifts = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(blocks))
+        self.shifts = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(4))
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
-            for _ in range(blocks))
+            for _ in range(4))
         self.leave = nn.Linear(width, len(mean))
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, z, time, cond):
-        angle = time[:, None] * self.frequencies                                          # [B, 32]
-        e = self.embed(torch.cat([cond, angle.sin(), angle.cos()], dim=1))                # [B, W]
-        h = self.enter(z)
+        angle = time[:, None] * self.frequencies  # [B, 32]
+        e = self.embed(torch.cat([cond, angle.sin(), angle.cos()], dim=1))  # [B, W]
+        h = self.enter(z)  # [B, W]
         for shift, block in zip(self.shifts, self.blocks):
             gain, bias = shift(e).chunk(2, dim=1)
             h = h + block(F.layer_norm(h, h.shape[1:]) * (1 + gain) + bias)
@@ -193,28 +202,25 @@ def signal_and_noise(time):
     return angle.cos(), angle.sin()
 
 
-def train_diffusion(latents, conds, steps, generator, width=512, drop=0.1):
-    """Latents [N, L] with their conditions [N, D] -> a Denoiser, by `steps` of the velocity loss.
-
-    The condition is dropped with probability `drop`: one network knows p(z|c) and p(z).
-    """
-    device = latents.device
+def train_diffusion(latents, conds, steps, generator, width=512):
+    """Latents [N, L], their conditions [N, D] -> a Denoiser, by `steps` of the velocity loss."""
+    random = {"generator": generator, "device": latents.device}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
         variance = latents.var(0).clamp_min(1e-6)
-        net = Denoiser(latents.mean(0), variance, conds.shape[1], width).to(device)
+        net = Denoiser(latents.mean(0), variance, conds.shape[1], width).to(latents.device)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # 100 steps of warm-up, then a cosine
-        optimizer, lambda t: min(1, (t + 1) / 100) * 0.5 * (1 + math.cos(math.pi * t / steps)))
-    rand = lambda draw, *shape: draw(*shape, generator=generator, device=device)
+
+    def factor(step):  # of the rate: 100 steps of warm-up, a cosine
+        return min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for _ in models.progress("steps of the diffusion model", range(steps)):
-        index = torch.randint(len(latents), (BATCH,), generator=generator, device=device)
-        z, cond = latents[index], conds[index]
-        time, noise = rand(torch.rand, BATCH), rand(torch.randn, *z.shape)
-        dropped = rand(torch.rand, BATCH, 1) < drop
+        index = torch.randint(len(latents), (BATCH,), **random)
+        z, time = latents[index], torch.rand(BATCH, **random)
+        noise = torch.randn(z.shape, **random)
         alpha, sigma = signal_and_noise(time)
-        with models.autocast(device):
-            velocity = net(alpha * z + sigma * noise, time, torch.where(dropped, net.null, cond))
+        with models.autocast(latents.device):
+            velocity = net(alpha * z + sigma * noise, time, conds[index])
         loss = F.mse_loss(velocity, alpha * noise - sigma * z)
         optimizer.zero_grad()
         loss.backward()
@@ -225,61 +231,29 @@ def train_diffusion(latents, conds, steps, generator, width=512, drop=0.1):
 
 
 @torch.no_grad()
-def draw_latents(net, conds, generator, guidance=1.0, steps=20):
+def draw_latents(net, conds, generator, steps=20):
     """Conditions [B, D] -> latents float32 [B, L]: from noise along the predicted velocity.
 
-    z = cos(angle) x + sin(angle) noise, so that the velocity is dz / d angle. From pi / 2 to 0 by the
-    Adams-Bashforth rule of second order; its first order is DDIM's (arXiv 2010.02502), which with 20
-    steps loses 7 % of the latents' length. velocity = v(none) + guidance (v(cond) - v(none)): above 1
-    latents become longer than real ones.
+    The velocity is dz / d angle of z = cos(angle) x + sin(angle) noise, integrated from pi / 2 to 0
+    by the second-order Adams-Bashforth rule: by the first, DDIM's (arXiv 2010.02502), 20 steps
+    lose 7 % of the latents' length.
     """
-    device, drawn = net.null.device, []
-    for cond in models.progress("batches of latents", conds.to(device).split(1024)):
+    device, drawn = net.mean.device, []
+    for cond in conds.to(device).split(1024):
         z = torch.randn(len(cond), len(net.mean), generator=generator, device=device)
         before = None
         for time in torch.linspace(1, 0, steps + 1, device=device)[:-1]:
-            time = time.expand(len(cond))
             with models.autocast(device):
-                v = net(z, time, cond)
-                if guidance != 1:
-                    none = net(z, time, net.null.expand_as(cond))
-                    v = none + guidance * (v - none)
+                v = net(z, time.expand(len(cond)), cond)
             slope = v if before is None else 1.5 * v - 0.5 * before
             z, before = z - math.pi / 2 / steps * slope, v
         drawn.append(z)
     return torch.cat(drawn)
 
 
-def transplant(codes, hosts, codec, detail=1.0):
-    """Codes [B, L] of outliers -> maps [B, C, H, W]: each host's map with its coded part replaced.
-
-    hosts [B, C, H, W] are maps of ID images. What the code leaves out stays the host's, times
-    `detail`, a number or [B, 1, 1, 1]: smoother below 1, rougher above.
-    """
-    with torch.autocast(hosts.device.type, enabled=False):
-        rest = hosts - decode(encode(hosts, codec), codec, hosts.shape[1:])
-        return decode(codes, codec, hosts.shape[1:]) + detail * rest
-
-
-def outlier_maps(maps, outliers, draws, noise=None):
-    """Maps of ID images [B, C, H, W], tensors of outliers.pt, draws [M, 4] in 0..1 -> M outlier maps.
-
-    draws choose a latent, a host among the images, and 0 to 2 times the contrast of the latent and
-    of the host's detail. With a generator `noise`, the row to beat: the host plus Gaussian noise as
-    strong as the maps, no latent.
-    """
-    latents, (chosen, host, contrast, detail) = outliers["latent"], draws.T
-    hosts = maps.detach()[(host * len(maps)).long()].float()
-    if noise:
-        return hosts + hosts.std() * torch.randn(hosts.shape, generator=noise, device=hosts.device)
-    codes = 2 * contrast[:, None] * latents[(chosen * len(latents)).long()]
-    return transplant(codes, hosts, outliers, 2 * detail[:, None, None, None])
-
-
-# --- Optional: Stable Diffusion v1 in place of the diffusion model above, by diffusers, as released
-# (HengGao12/OAL, outlier_generation/; Dream-OOD, arXiv 2309.13415): a boundary outlier is the last
-# word of its prompt. It stands for the whole name of the class, so that all prompts have one length;
-# the release shortens names to one word ('maple' for maple_tree) and puts the outlier there.
+# --- Optional, as released: Stable Diffusion v1 by diffusers (Dream-OOD, arXiv 2309.13415).
+# A boundary outlier is the last word of its prompt and stands for the whole name of the class, so
+# that all prompts have one length; the release shortens names to a word ('maple' for maple_tree).
 
 SD_PROMPT = "A high-quality image of the thing"
 
@@ -287,48 +261,45 @@ SD_PROMPT = "A high-quality image of the thing"
 def load_sd(name, device):
     """A folder or a name on the Hugging Face hub -> its StableDiffusionPipeline, with PLMS."""
     try:
-        import transformers  # noqa: F401
         from diffusers import PNDMScheduler, StableDiffusionPipeline
-        dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         pipe = StableDiffusionPipeline.from_pretrained(
-            name, safety_checker=None, requires_safety_checker=False, dtype=dtype,
-            low_cpu_mem_usage=False)
-    except ImportError:
-        fail("--generator sd needs packages that are not installed: pip install diffusers transformers")
-    except Exception as problem:  # no network, no such name, a folder of something else
-        reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
-        fail(f"--sd-model {name} cannot be loaded ({reason}): name a folder, or a name on the hub")
+            name, safety_checker=None, requires_safety_checker=False, low_cpu_mem_usage=False,
+            dtype=torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+    except Exception as problem:  # no package, no network, no such name, a folder of something else
+        fail(f"--sd-model {name} cannot be loaded ({str(problem):.200}): name a folder, or a name "
+             "on the Hugging Face hub, and pip install diffusers transformers")
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
 def class_words(pipe, names):
-    """C names -> words [C, E]: the mean of a name's token embeddings, as long as they are on average."""
-    table = pipe.text_encoder.get_input_embeddings().weight.detach().float()              # [V, E]
-    ids = [pipe.tokenizer(name.replace("_", " "), add_special_tokens=False).input_ids for name in names]
-    unknown = pipe.tokenizer.unk_token_id  # CLIP's knows every byte, unless its files are missing
-    for name, one in zip(names, ids):
-        if not one or unknown in one:
-            fail(f"the tokenizer of --sd-model does not know the name {name}: is its folder "
-                 "tokenizer/ complete?")
-    tokens = [table[one] for one in ids]
-    return torch.stack([F.normalize(one.mean(0), dim=0) * one.norm(dim=1).mean() for one in tokens])
+    """C names -> words [C, E]: the mean of a name's token embeddings, of their mean length."""
+    table = pipe.text_encoder.get_input_embeddings().weight.detach().float()  # [V, E]
+    words = []
+    for name in names:
+        ids = pipe.tokenizer(name.replace("_", " "), add_special_tokens=False).input_ids
+        if not ids or pipe.tokenizer.unk_token_id in ids:  # CLIP's own knows every byte
+            fail(f"the tokenizer of --sd-model does not know {name}: is tokenizer/ complete?")
+        tokens = table[ids]  # [T, E]
+        words.append(F.normalize(tokens.mean(0), dim=0) * tokens.norm(dim=1).mean())
+    return torch.stack(words)
 
 
-def align(features, labels, words, generator, steps=1000, temperature=0.1):
+def align(features, labels, words, generator, steps=1000):
     """Unit features [N, D], labels [N], words [C, E] -> a linear map [D, E] from feature to word.
 
-    By cross-entropy of the cosines to all words: Dream-OOD's alignment, which the release skips.
+    By cross-entropy of the cosines to all words, as in Dream-OOD; the release skips it.
     """
-    device, width = features.device, features.shape[1]
-    weight = torch.randn(width, words.shape[1], generator=generator, device=device) / math.sqrt(width)
-    weight, words = weight.requires_grad_(), F.normalize(words.to(device), dim=1)
+    random = {"generator": generator, "device": features.device}
+    weight = torch.randn(features.shape[1], words.shape[1], **random)
+    weight = (weight / math.sqrt(len(weight))).requires_grad_()
+    words = F.normalize(words, dim=1)
     optimizer = torch.optim.Adam([weight], 1e-3)
     for _ in range(steps):
-        index = torch.randint(len(features), (BATCH,), generator=generator, device=device)
-        cosine = F.normalize(features[index] @ weight, dim=1) @ words.T                   # [B, C]
-        loss = F.cross_entropy(cosine / temperature, labels[index])
+        index = torch.randint(len(features), (BATCH,), **random)
+        cosine = F.normalize(features[index] @ weight, dim=1) @ words.T  # [B, C]
+        loss = F.cross_entropy(cosine / 0.1, labels[index])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -336,9 +307,24 @@ def align(features, labels, words, generator, steps=1000, temperature=0.1):
     return weight.detach()
 
 
+def outlier_words(pipe, data, features, per_class, n, generator):
+    """Unit features of the training images [N, D] -> (tensors of outliers.pt, words [n, E]).
+
+    The words are boundary outliers, n drawn from all, each as long as the word of its class.
+    """
+    labels = data.splits["train"][1].to(features.device)
+    words = class_words(pipe, data.classes).to(features.device)  # [C, E]
+    if features.shape[1] != words.shape[1]:
+        features = features @ align(features, labels, words, generator)  # [N, E]
+    boundary, classes = boundary_outliers(features, labels, per_class, generator)
+    chosen = torch.randint(len(boundary), (n,), generator=generator, device=boundary.device)
+    outliers = {"boundary": boundary, "boundary_labels": classes, "latent_labels": classes[chosen]}
+    return outliers, boundary[chosen] * words.norm(dim=1)[classes[chosen], None]
+
+
 @torch.no_grad()
 def prompt_states(pipe, words):
-    """Words [B, E] -> the text encoder's states [B, 77, E] of SD_PROMPT with each for its last word."""
+    """Words [B, E] -> the text encoder's states [B, 77, E] of SD_PROMPT, each for its last word."""
     ids = pipe.tokenizer(SD_PROMPT, padding="max_length", return_tensors="pt").input_ids  # [1, 77]
     place = torch.tensor(len(pipe.tokenizer(SD_PROMPT).input_ids) - 2, device=pipe.device)
 
@@ -352,29 +338,24 @@ def prompt_states(pipe, words):
 def sd_latents(pipe, words, seed, batch=4):
     """Words [M, E] -> latents [M, 4, 64, 64] (of v1), scaled, float32, on the CPU.
 
-    50 steps of PLMS, guidance 7.5. Latent i starts from its own noise, of seed + i, so that the
-    batch does not change it.
+    50 steps of PLMS, guidance 7.5. Latent i starts from noise of seed + i, whatever the batch.
     """
-    shape = pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size
-    drawn = []
-    for start in range(0, len(words), batch):
-        rows = range(start, min(start + batch, len(words)))
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i))
-                             for i in rows])
-        latents = pipe(prompt_embeds=prompt_states(pipe, words[rows.start:rows.stop]),
-                       latents=noise.to(pipe.device, pipe.dtype), num_inference_steps=50,
-                       guidance_scale=7.5, output_type="latent").images.float().cpu()
+    side, drawn = pipe.unet.config.sample_size, []
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(words))]
+    noise = torch.stack([torch.randn(4, side, side, generator=g) for g in generators])
+    batches = list(zip(words.split(batch), noise.to(pipe.device, pipe.dtype).split(batch)))
+    for some, z in models.progress("batches of latents of Stable Diffusion", batches):
+        latents = pipe(prompt_embeds=prompt_states(pipe, some), latents=z, guidance_scale=7.5,
+                       num_inference_steps=50, output_type="latent").images
         if not latents.isfinite().all():
-            fail(f"Stable Diffusion in {str(pipe.dtype)[6:]} drew a latent that is not finite: some "
-                 "GPUs do so in float16; take another by --device, or cpu")
-        drawn.append(latents)
-        print(f"synthesize: {rows.stop} of {len(words)} latents of Stable Diffusion", flush=True)
+            fail("a latent is not finite: some GPUs overflow in float16: take --device cpu")
+        drawn.append(latents.float().cpu())
     return torch.cat(drawn)
 
 
 @torch.no_grad()
 def vae_encode(pipe, images, batch=4):
-    """Images uint8 [N, 3, S, S], enlarged -> latents [N, 4, 64, 64] (of v1) as sd_latents'."""
+    """Images uint8 [N, 3, S, S], enlarged -> latents [N, 4, 64, 64] as sd_latents'."""
     side, found = pipe.unet.config.sample_size * pipe.vae_scale_factor, []
     for some in models.progress("batches of images encoded", images.split(batch)):
         scaled = some.to(pipe.device, pipe.dtype) / 127.5 - 1
@@ -384,73 +365,57 @@ def vae_encode(pipe, images, batch=4):
 
 
 @torch.no_grad()
-def vae_decode(pipe, latents, batch=4):
-    """Latents [N, 4, 64, 64] as sd_latents' -> images float32 [N, 3, 512, 512] (of v1), about 0..1."""
+def vae_decode(pipe, latents):
+    """Latents [N, 4, 64, 64] -> images float32 [N, 3, 512, 512], about 0..1."""
     scaled = (latents / pipe.vae.config.scaling_factor).to(pipe.device, pipe.dtype)
-    return torch.cat([pipe.vae.decode(some).sample.float().cpu() for some in scaled.split(batch)]) / 2 + 0.5
+    decoded = [pipe.vae.decode(one).sample.float().cpu() for one in scaled.split(1)]
+    return torch.cat(decoded) / 2 + 0.5
 
 
-def ridge_regression(x, y, strength=1.0):
+def ridge_regression(x, y):
     """x [N, P], y [N, Q] -> weight [P, Q], offset [Q] of y ~ x @ weight + offset.
 
-    The penalty is `strength` times the mean eigenvalue of the centred x's Gram matrix.
+    The penalty is the mean eigenvalue of the centred x's Gram matrix.
     """
     x_mean, y_mean = x.double().mean(0), y.double().mean(0)
     x, y = x - x_mean, y - y_mean
-    gram = x.T @ x                                                                        # [P, P]
-    penalty = strength * gram.diag().mean() * torch.eye(len(gram))
-    weight = torch.linalg.solve(gram + penalty, x.T @ y)
+    gram = x.T @ x  # [P, P]
+    weight = torch.linalg.solve(gram + gram.diag().mean() * torch.eye(len(gram)), x.T @ y)
     return weight.float(), (y_mean - x_mean @ weight).float()
 
 
-def synthesize_sd(pipe, net, data, per_class, n, generator, batch=4, teacher=None):
-    """`synthesize` by Stable Diffusion -> (the tensors of outliers.pt on the CPU, raw latents).
+def sd_codes(pipe, net, data, words, seed, batch=4):
+    """Words [n, E] -> (tensors of outliers.pt, raw latents [n, 4, 64, 64]).
 
-    n latents, each under a random boundary outlier. latent [n, L] are their codes, by a map fitted
-    to ID images; released [n, 64] (of v1) is what the released trainer makes of them: the mean over
-    channels, then over rows.
+    latent [n, L] are codes, by a linear map from raw latents at the maps' size, fitted to ID
+    images; released [n, 64] is what the released trainer makes of raw latents.
     """
-    features, labels = unit_features(teacher or net, data), data.splits["train"][1]
-    labels = labels.to(features.device)
-    words = class_words(pipe, data.classes).to(features.device)
-    if features.shape[1] != words.shape[1]:
-        features = features @ align(features, labels, words, generator)
-    boundary, classes = boundary_outliers(features, labels, per_class, generator)
-    chosen = torch.randint(len(boundary), (n,), generator=generator, device=boundary.device)
-    outlier_words = boundary[chosen] * words.norm(dim=1)[classes[chosen], None]           # [n, E]
-    raw = sd_latents(pipe, outlier_words, generator.initial_seed(), batch)
-    # The map from latents to codes: ID images have both. A latent is averaged to the map's size.
+    raw = sd_latents(pipe, words, seed, batch)
     some, maps, codec = codec_of(net, data)
-    codec = {name: tensor.cpu() for name, tensor in codec.items()}
-    pool = lambda z: F.adaptive_avg_pool2d(z, maps.shape[2:]).flatten(1)                  # [N, 4 H W]
-    weight, offset = ridge_regression(pool(vae_encode(pipe, some, batch)), encode(maps.cpu(), codec))
-    return {"boundary": boundary.cpu(), "boundary_labels": classes.cpu(),
-            "latent": pool(raw) @ weight + offset, "latent_labels": classes[chosen].cpu(),
-            "released": raw.mean(1).mean(1), **codec}, raw
+    codes, size = encode(maps, codec).cpu(), maps.shape[2:]
+    own = F.adaptive_avg_pool2d(vae_encode(pipe, some, batch), size).flatten(1)  # [N, 4 H W]
+    weight, offset = ridge_regression(own, codes)
+    latent = F.adaptive_avg_pool2d(raw, size).flatten(1) @ weight + offset
+    return {"latent": latent, "released": raw.mean(1).mean(1), **codec}, raw
 
 
-# --- The whole stage: a trained network and its training images -> outliers.pt. -------------------
-
+# --- The whole stage: a trained network and its training images -> outliers.pt.
 
 def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
     """A trained network and its ImageSet -> the tensors of outliers.pt.
 
-    boundary [N, D], latent [N, L], their labels [N], sorted by class; the codec. Latent i was drawn
-    under boundary[i]. The diffusion model takes diffusion_steps, or 20 passes over the images if
-    fewer: beyond, it learns them by heart. With a teacher the features are the teacher's.
+    Latent i is drawn under boundary[i]. The diffusion model takes diffusion_steps, or 20 passes
+    over the images if fewer: beyond, it learns them by heart. A teacher lends its features.
     """
     images, labels = data.splits["train"]
     _, _, codec = codec_of(net, data)
-    pairs = [(encode(maps, codec), F.normalize(features, dim=1))
-             for maps, features in models.feature_batches(net, images, data.mean, data.std)]
-    latents, features = (torch.cat(parts) for parts in zip(*pairs))                   # [N, L], [N, D]
-    if teacher is not None:
-        features = unit_features(teacher, data)
-    boundary, classes = boundary_outliers(features, labels.to(features.device), per_class, generator)
-    print(f"synthesize: {len(boundary)} boundary outliers", flush=True)
-    steps = min(diffusion_steps, 20 * len(images) // BATCH)
-    denoiser = train_diffusion(latents, features, max(1, steps), generator)
-    latent = draw_latents(denoiser, boundary, generator)
+    latents = torch.cat([encode(maps, codec) for maps, _ in
+                         models.feature_batches(net, images, data.mean, data.std)])  # [N, L]
+    features = unit_features(teacher or net, data)  # [N, D]
+    labels = labels.to(features.device)
+    boundary, classes = boundary_outliers(features, labels, per_class, generator)
+    steps = max(1, min(diffusion_steps, 20 * len(images) // BATCH))
+    latent = draw_latents(train_diffusion(latents, features, steps, generator), boundary, generator)
     print(f"synthesize: {len(latent)} latents of {latent.shape[1]} numbers", flush=True)
     return {"boundary": boundary, "boundary_labels": classes, "latent": latent,
             "latent_labels": classes, **codec}
@@ -475,17 +440,14 @@ def read_outliers(path, net, size):
     return found
 
 
-def nearest_images(outliers, features, data, rows=8, neighbours=9):
-    """Per class one boundary outlier as the training images nearest to it -> images of a picture.
-
-    A row begins with the image nearest to the class's mean feature. Images float32 [R, 3, 2S, 2S].
-    """
-    images, labels = (part.cpu() for part in data.splits["train"])
+def nearest_images(outliers, features, data):
+    """Rows of ten images [R, 3, 2S, 2S], a class each: its mean's nearest, an outlier's nine."""
+    images, labels = data.splits["train"]
     grid = []
-    for label in outliers["boundary_labels"].unique()[:rows]:
+    for label in outliers["boundary_labels"].unique()[:8]:
         mean = features[labels == label].mean(0)
         outlier = outliers["boundary"][outliers["boundary_labels"] == label][0]
-        nearest = (features @ outlier).topk(min(neighbours, len(images)))[1]
+        nearest = (features @ outlier).topk(min(9, len(images)))[1]
         grid += [images[(features @ mean).argmax()], *images[nearest]]
     return F.interpolate(torch.stack(grid).float() / 255, scale_factor=2)
 
@@ -493,19 +455,19 @@ def nearest_images(outliers, features, data, rows=8, neighbours=9):
 def main():
     parser = evaluate.common_parser(__doc__)
     parser.add_argument("checkpoint", help="weights of the network whose feature space is searched")
-    parser.add_argument("--teacher", metavar="FILE", help="find the boundary in the features of this "
-                        "network instead, as train.py does in those of a ViT")
+    parser.add_argument("--teacher", metavar="FILE", help="another network for the features")
     parser.add_argument("--out", default="outliers.pt", help="file for the outliers")
-    parser.add_argument("--show", metavar="FILE.png", help="also draw the training images nearest to "
-                        "boundary outliers, or the images of sd")
-    parser.add_argument("--per-class", type=evaluate.POSITIVE, default=50, help="outliers per class")
-    parser.add_argument("--diffusion-steps", type=evaluate.POSITIVE, default=1000)
+    parser.add_argument("--show", metavar="FILE.png",
+                        help="draw the training images nearest to outliers, or the images of sd")
     parser.add_argument("--generator", choices=("diffusion", "sd"), default="diffusion",
                         help="of the latents: trained here, or Stable Diffusion v1")
-    parser.add_argument("--sd-model", metavar="FOLDER_OR_NAME", default="CompVis/stable-diffusion-v1-4",
-                        help="its folder, or its name on the Hugging Face hub (%(default)s)")
-    parser.add_argument("--sd-latents", type=evaluate.POSITIVE, default=300, help="its latents (300)")
-    parser.add_argument("--sd-batch", type=evaluate.POSITIVE, default=4, help="of these at once (4)")
+    parser.add_argument("--sd-model", metavar="FOLDER_OR_NAME", help="of the Hugging Face hub",
+                        default="CompVis/stable-diffusion-v1-4")
+    for name, default, what in (
+            ("--per-class", 50, "outliers of a class"), ("--diffusion-steps", 1000, "of training"),
+            ("--sd-latents", 300, "latents of sd"), ("--sd-batch", 4, "of these at once")):
+        parser.add_argument(name, type=evaluate.POSITIVE, default=default,
+                            help=f"{what} (%(default)s)")
     parser.add_argument("--seed", type=evaluate.SEED, default=0)
     args = parser.parse_args()
     evaluate.check_common(args)
@@ -515,31 +477,34 @@ def main():
         fail(f"--show {args.show}: the file must end in .png")
     pipe = load_sd(args.sd_model, args.device) if args.generator == "sd" else None
     data = evaluate.load_set(args.dataset, args.data_root, args.size, ["train"])
-    net, teacher = (path and models.to_device(
-        models.load_network(path, len(data.classes), size=args.size), args.device)
-        for path in (args.checkpoint, args.teacher))
-    if isinstance(net, models.ViT):
-        fail(f"{args.checkpoint} is a ViT, which has no feature maps: name a ResNet, and this by "
-             "--teacher")
     if data.splits["train"][1].bincount().eq(1).any():
-        fail(f"a class of {data.name} has a single image, which has no nearest neighbour: add one")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # where that fails, before the work
+        fail(f"a class of {data.name} has a single image, which has no neighbour: add one")
+
+    def load(path):
+        net = models.load_network(path, len(data.classes), size=args.size)
+        return models.to_device(net, args.device)
+    net = load(args.checkpoint)
+    if isinstance(net, models.ViT):
+        fail(f"{args.checkpoint} is a ViT, which has no maps: name it by --teacher, and a ResNet")
+    teacher = load(args.teacher) if args.teacher else None
+    for path in (args.out, args.show or args.out):  # where that fails, before the work
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     g = torch.Generator(args.device).manual_seed(10 * args.seed + 2)  # train.py's
     if pipe:
-        outliers, raw = synthesize_sd(pipe, net, data, args.per_class, args.sd_latents, g,
-                                      args.sd_batch, teacher)
+        features = unit_features(teacher or net, data)
+        outliers, words = outlier_words(pipe, data, features, args.per_class, args.sd_latents, g)
+        codes, raw = sd_codes(pipe, net, data, words, g.initial_seed(), args.sd_batch)
+        outliers |= codes
     else:
         outliers = synthesize(net, data, args.per_class, args.diffusion_steps, g, teacher)
     outliers = {name: tensor.cpu() for name, tensor in outliers.items()}
     evaluate.write(args.out, outliers)
-    print(f"written: {args.out}")
-    if args.show:
+    if args.show and pipe:
+        save_image(vae_decode(pipe, raw[:16]), args.show)
+    elif args.show:
         features = unit_features(teacher or net, data).cpu()
-        images = vae_decode(pipe, raw[:16]) if pipe else nearest_images(outliers, features, data)
-        columns, picture = 8 if pipe else 10, io.BytesIO()
-        save_image(images, picture, "png", nrow=columns)
-        evaluate.write(args.show, picture.getvalue())
-        print(f"written: {args.show}")
+        save_image(nearest_images(outliers, features, data), args.show, nrow=10)
+    print(f"written: {args.out}" + (f", {args.show}" if args.show else ""))
 
 
 if __name__ == "__main__":

@@ -591,13 +591,8 @@ def test_imagenet_weights_of_the_vit(tmp_path, monkeypatch, capsys):
                          (lambda: torch.save({**state, "more": torch.ones(1)}, path), "more")):
         damage()
         status, error = ended(lambda: models.load_imagenet_vit(7, tmp_path), capsys)
-        assert status == 2 and error.startswith(f"error: no weights {path} (") and says in error
+        assert status == 2 and error.startswith(f"error: no weights in {tmp_path} (") and says in error
         assert error.count("\n") == 1 and "pytorch.org/models/vit_b_16-c867db91.pth" in error
-
-
-def test_unknown_arch():
-    with pytest.raises(ValueError, match="resnet_small"):
-        models.build("vgg", 10)
 
 
 @pytest.mark.parametrize("capability, cpu, bf16", [
@@ -612,10 +607,8 @@ def test_a_cpu_computes_in_bf16_where_that_is_faster(capability, cpu, bf16, monk
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
     if cpu is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities")
-    for exact in (False, True):
-        with models.autocast("cpu", exact):
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (
-                torch.bfloat16 if bf16 and not exact else torch.float32)
+    with models.autocast("cpu"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -715,17 +708,6 @@ def test_codec():
     assert codes.shape == (40, 39) and abs(codes.square().mean() - 1) < 1e-3      # 40 maps span 39 directions ...
     assert torch.allclose(synthesize.decode(codes, codec, maps.shape[1:]), maps, atol=1e-3)  # ... and are rebuilt
     assert torch.allclose(codec["basis"] @ codec["basis"].T, torch.eye(39), atol=1e-4)
-    new = torch.randn(5, 8, 16, 16, generator=rng(1))
-    own = synthesize.transplant(synthesize.encode(new, codec), new, codec)
-    assert torch.allclose(own, new, atol=1e-3)                                    # its own code changes nothing
-    other = synthesize.transplant(codes[:5], new, codec)
-    assert torch.allclose(synthesize.encode(other, codec), codes[:5], atol=1e-3)  # the code is the outlier's,
-    left_out = lambda m: m.flatten(1) - synthesize.decode(synthesize.encode(m, codec), codec, m.shape[1:]).flatten(1)
-    assert torch.allclose(left_out(other), left_out(new), atol=1e-3)              # the rest is the host's, ...
-    factors = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0])
-    other = synthesize.transplant(codes[:5], new, codec, factors[:, None, None, None])
-    assert torch.allclose(left_out(other), factors[:, None] * left_out(new), atol=1e-3)  # ... weaker or stronger
-    assert torch.allclose(synthesize.encode(other, codec), codes[:5], atol=1e-3)
 
 
 def test_codec_is_the_best_linear_one(monkeypatch):
@@ -814,24 +796,20 @@ def one_thread():
 def test_diffusion_learns_a_gaussian(one_thread, monkeypatch):
     """z | c ~ N(A c, 0.5^2 I), |c| = 1: samples have that mean and spread under conditions the network has not seen.
 
-    A network that ignored c would miss the means by 1 and have a
-    spread of 0.9; one that did not know p(z) would have a variance of 0.2 without c.
+    A network that ignored c would miss the means by 1 and have a spread of 0.9.
     """
     monkeypatch.setattr(models, "autocast", lambda device: contextlib.nullcontext())   # float32 on every processor
     g = rng()
     a = torch.tensor([[1.0, 0.5], [-1.0, 0.5], [0.0, 1.0]])
     conds = F.normalize(torch.randn(4000, 2, generator=g), dim=1)
     latents = conds @ a.T + 0.5 * torch.randn(4000, 3, generator=g)
-    net = synthesize.train_diffusion(latents, conds, 600, g, width=64, drop=0.5)
+    net = synthesize.train_diffusion(latents, conds, 600, g, width=64)
     for cond in ([0.6, -0.8], [-1.0, 0.0]):
         cond = torch.tensor(cond)
-        drawn = synthesize.draw_latents(net, cond.expand(1000, 2), rng(1), guidance=1)
+        drawn = synthesize.draw_latents(net, cond.expand(1000, 2), rng(1))
         assert (drawn.mean(0) - a @ cond).abs().max() < 0.25
         assert (drawn.std(0) - 0.5).abs().max() < 0.2
-    free = synthesize.draw_latents(net, cond.expand(1000, 2), rng(1), guidance=0)              # variance A A^T / 2 + 0.25
-    assert free.mean(0).abs().max() < 0.3
-    assert (free.var(0) - (a @ a.T).diag() / 2 - 0.25).abs().max() < 0.4
-    assert drawn.equal(synthesize.draw_latents(net, cond.expand(1000, 2), rng(1), guidance=1))
+    assert drawn.equal(synthesize.draw_latents(net, cond.expand(1000, 2), rng(1)))
 
 
 # --- Stable Diffusion: a pipeline of v1's shape with random weights, 0.5 MB, saved and loaded as the real one is.
@@ -1003,15 +981,13 @@ def test_alignment_turns_features_to_their_class(capsys):
 def test_ridge_is_least_squares_with_a_penalty():
     g = rng()
     x, y = torch.randn(50, 8, generator=g) + 3, torch.randn(50, 3, generator=g) - 2
-    weight, offset = synthesize.ridge_regression(x, y, 0.3)
+    weight, offset = synthesize.ridge_regression(x, y)
     centred = (x - x.mean(0)).double()
-    penalty = 0.3 * torch.linalg.eigvalsh(centred.T @ centred).mean()
+    penalty = torch.linalg.eigvalsh(centred.T @ centred).mean()
     rows = torch.cat([centred, penalty.sqrt() * torch.eye(8).double()])            # the penalty as rows of zeros
     expected = torch.linalg.lstsq(rows, torch.cat([(y - y.mean(0)).double(), torch.zeros(8, 3).double()])).solution
     assert torch.allclose(weight.double(), expected, atol=1e-5)
     assert torch.allclose((x @ weight + offset).mean(0), y.mean(0), atol=1e-4)
-    line = synthesize.ridge_regression(x, x @ weight + offset, 1e-9)               # a linear map is found again
-    assert torch.allclose(line[0], weight, atol=1e-4) and torch.allclose(line[1], offset, atol=1e-3)
 
 
 def test_stable_diffusion_from_the_command_line(one_thread, tiny, sd_folder, tmp_path, monkeypatch, capsys):
@@ -1025,7 +1001,7 @@ def test_stable_diffusion_from_the_command_line(one_thread, tiny, sd_folder, tmp
     monkeypatch.setattr(synthesize, "sd_latents", sd_latents)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "SHAPES_SIZES", dict.fromkeys(evaluate.SHAPES_SIZES, 60))
-    monkeypatch.setattr(synthesize.align, "__defaults__", (100, 0.1))              # steps, temperature
+    monkeypatch.setattr(synthesize.align, "__defaults__", (100,))                  # steps
     for out, words in (("1", ["--show", "new/o.png"]), ("2", ["--sd-batch", "4"])):
         monkeypatch.setattr(sys, "argv", [
             "synthesize.py", "ce.pt", "--out", f"{out}.pt", "--generator", "sd", "--sd-model", str(sd_folder),
@@ -1033,8 +1009,7 @@ def test_stable_diffusion_from_the_command_line(one_thread, tiny, sd_folder, tmp
         synthesize.main()
     first, second = (torch.load(f"{name}.pt", weights_only=True) for name in "12")
     assert first.keys() == second.keys() and all(first[key].equal(second[key]) for key in first)
-    said = capsys.readouterr().out
-    assert "4 of 5 latents" in said and "5 of 5 latents" in said
+    capsys.readouterr()
 
     words, raw, batch = drawn[0]
     assert batch == 4 and first["boundary"].shape == (24, WORD) and first["latent"].dtype == torch.float32
@@ -1052,7 +1027,7 @@ def test_stable_diffusion_from_the_command_line(one_thread, tiny, sd_folder, tmp
     images, maps, codec = synthesize.codec_of(net.eval(), data)
     codes, own = synthesize.encode(maps, codec), synthesize.vae_encode(pipe, images)
     monkeypatch.setattr(synthesize, "sd_latents", lambda *given: own)
-    found, _ = synthesize.synthesize_sd(pipe, net, data, 3, 5, rng())
+    found, _ = synthesize.sd_codes(pipe, net, data, None, 0)
     x = F.interpolate(own, size=maps.shape[2:]).flatten(1)                         # 8 x 8 -> 16 x 16: pixels repeated
     weight, offset = synthesize.ridge_regression(x, codes)
     assert found["latent"].shape == codes.shape and torch.allclose(found["latent"], x @ weight + offset, atol=1e-3)
@@ -1069,7 +1044,7 @@ def test_sd_batch(batch, sd_folder, tmp_path, monkeypatch):
     """--sd-batch is how many latents the pipeline draws, and images the VAE encodes, at once."""
     torch.save(models.build("resnet_tiny", 8).state_dict(), tmp_path / "ce.pt")
     monkeypatch.setattr(evaluate, "SHAPES_SIZES", {"train": 40})
-    monkeypatch.setattr(synthesize.align, "__defaults__", (1, 0.1))                # steps, temperature
+    monkeypatch.setattr(synthesize.align, "__defaults__", (1,))                    # steps
     pipe, drawn, encoded = synthesize.load_sd(str(sd_folder), "cpu"), [], []
     def call(self, **given):
         drawn.append(len(given["latents"]))
@@ -1085,16 +1060,14 @@ def test_sd_batch(batch, sd_folder, tmp_path, monkeypatch):
     assert sum(encoded) == 40 and max(encoded) == int(batch)
 
 
-def test_features_as_wide_as_a_word_are_not_mapped(tmp_path, monkeypatch):
+def test_features_as_wide_as_a_word_are_not_mapped(tmp_path):
     pipe = synthesize.load_sd(str(make_sd(tmp_path / "wide", 128)), "cpu")
     images = torch.randint(256, (24, 3, 32, 32), generator=rng(), dtype=torch.uint8)
     net, data = models.build("resnet_tiny", 8), image_set(images, torch.arange(24) % 8)
-    monkeypatch.setattr(synthesize, "sd_latents", lambda *given: torch.zeros(1, 4, 8, 8))
-    for teacher in (None, models.build("resnet_tiny", 8)):
-        found, _ = synthesize.synthesize_sd(pipe, net, data, 3, 1, rng(), teacher=teacher)
-        features = synthesize.unit_features(teacher or net, data)
-        expected, _ = synthesize.boundary_outliers(features, data.splits["train"][1], 3, rng())
-        assert torch.allclose(found["boundary"], expected, atol=1e-5)
+    features = synthesize.unit_features(net, data)
+    found, _ = synthesize.outlier_words(pipe, data, features, 3, 1, rng())
+    expected, _ = synthesize.boundary_outliers(features, data.splits["train"][1], 3, rng())
+    assert torch.allclose(found["boundary"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("left", [None, [], ["tokenizer_config.json"]])
@@ -1757,6 +1730,9 @@ def test_outlier_maps():
         assert 0 <= ratio.min() < 0.3 and 1.7 < ratio.max() <= 2.001 and len(ratio.unique()) == n
     ends = synthesize.outlier_maps(maps, outliers, torch.tensor([[0.0] * 4, [1 - 2 ** -24] * 4]))  # the ends of 0..1
     assert torch.allclose(synthesize.encode(ends, outliers)[1], 2 * outliers["latent"][8], atol=1e-3)
+    host = {**outliers, "latent": synthesize.encode(maps[:1], outliers)}                   # its own code, no factor:
+    own = synthesize.outlier_maps(maps, host, torch.tensor([[0, 0, 0.5, 0.5]]))            # nothing changes
+    assert torch.allclose(own, maps[:1], atol=1e-3)
     noise = synthesize.outlier_maps(maps, outliers, draws, rng(4))
     other = {**outliers, "latent": outliers["latent"] + 1}
     assert synthesize.outlier_maps(maps, other, draws, rng(4)).equal(noise)                # noise knows no latents
@@ -2234,7 +2210,7 @@ def test_outputs_that_are_not_finite_are_no_verdict(tiny, program, words, key, v
         program.main()
     printed = capsys.readouterr()
     error = printed.err.splitlines()[-1]
-    assert stop.value.code == 2 and error.startswith("error: net.pt gives outputs that are not finite")
+    assert stop.value.code == 2 and error.startswith("error: net.pt is no ") and "outputs that are not finite" in error
     assert not list(tmp_path.glob("*/*.pt")) and not (tmp_path / "o.pt").exists() and "verdict" not in printed.out
 
 
@@ -2307,27 +2283,25 @@ def test_a_file_of_another_format_is_named(name, says, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arch, form, says", [
-    ("resnet_small", lambda s: s, "resnet_tiny"), (None, lambda s: [1, 2], "no state_dict"),
-    (None, lambda s: {}, "no state_dict"), (None, lambda s: {"a": "b"}, "no state_dict"),
-    (None, lambda s: torch.ones(3), "no state_dict"), (None, lambda s: {"state_dict": {}}, "no state_dict"),
-    (None, lambda s: {"model": s, "state_dict_ema": s}, "model, state_dict_ema"),
+    ("resnet_small", lambda s: s, "resnet_tiny"), (None, lambda s: [1, 2], "0 state_dicts"),
+    (None, lambda s: {}, "0 state_dicts"), (None, lambda s: {"a": "b"}, "0 state_dicts"),
+    (None, lambda s: torch.ones(3), "0 state_dicts"), (None, lambda s: {"state_dict": {}}, "0 state_dicts"),
+    (None, lambda s: {"model": s, "state_dict_ema": s}, "2 state_dicts"),
     (None, lambda s: {"net": models.build("resnet_tiny", 10)}, "models.ResNet"),
     (None, lambda s: {**s, "acc": Path("x")}, "pathlib"), (None, lambda s: {"net": s, "f": np.ones(3)}, "_reconstruct"),
     (None, lambda s: {name: value for name, value in s.items() if name != "layer1.0.bn1.bias"}, "bn1.bias"),
     (None, lambda s: models.build("resnet_tiny", 7).state_dict(), "7 classes"),
     (None, lambda s: {**s, "fc.bias": s["fc.bias"] / 0}, "not finite"),
-    (None, lambda s: {**s, "fc.bias": s["fc.bias"].to(torch.complex64)}, "not finite"),
-    (None, lambda s: {**s, "fc.bias": s["fc.bias"].to("meta")}, "not finite"),
+    (None, lambda s: {**s, "fc.bias": s["fc.bias"].to("meta")}, "no working"),
     (None, lambda s: {**s, "fc.weight": torch.tensor(1.0)}, "fc.weight"),
     (None, lambda s: {**s, "conv1.weight": torch.tensor(1.0)}, "unknown arch"),
-    (None, lambda s: {"fc.weight": s["fc.weight"]}, "no state_dict"),
+    (None, lambda s: {"fc.weight": s["fc.weight"]}, "0 state_dicts"),
     (None, lambda s: models.build("resnet_tiny", 10, 224).state_dict(), "add --size 224"),
-    (None, lambda s: {"conv_proj.weight": torch.ones(1, 1, 1, 1), "head.weight": torch.ones(1, 1)}, "does not fit ViT"),
-    (None, lambda s: torchvision.models.VisionTransformer(**{**SMALL_VIT, "hidden_dim": 1280}).state_dict(), "classes"),
+    (None, lambda s: {"conv_proj.weight": torch.ones(1, 1, 1, 1), "head.weight": torch.ones(1, 1)}, "no working ViT"),
     (None, lambda s: torchvision.models.VisionTransformer(**{**SMALL_VIT, "hidden_dim": 1280}, num_classes=10)
-     .state_dict(), "up to L"),
+     .state_dict(), "more than ViT-L"),
     (None, lambda s: {"conv_proj.weight": torch.ones(128, 3, 32, 32), "encoder.pos_embedding": torch.ones(1, 1, 128),
-                      "encoder.layers.encoder_layer_0.mlp.0.weight": torch.ones(24, 128)}, "up to L"),
+                      "encoder.layers.encoder_layer_0.mlp.0.weight": torch.ones(24, 128)}, "no working ViT"),
     (None, lambda s: {"cls_token": torch.ones(1, 1, 1), "patch_embed.proj.weight": torch.ones(1, 1, 1, 1),
                       "head.bias": torch.ones(9)}, "9 classes"),
     (None, lambda s: b"text", "not a file of weights"), (None, lambda s: b"", "not a file of weights"),
