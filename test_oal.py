@@ -1951,7 +1951,7 @@ def test_at_224_the_whole_method_runs(tiny, tmp_path, monkeypatch, capsys):
     assert all(first[name].equal(value) for name, value in second.items()) and first["mean"].shape == (32 * 28 * 28,)
     with pytest.raises(SystemExit):
         tiny(tmp_path / "a", "--resume", "--epochs", 1)
-    assert "a run of other size: resume" in capsys.readouterr().err
+    assert "a run of other size, training images: resume" in capsys.readouterr().err
 
 
 def test_torchrun(tmp_path):
@@ -2405,7 +2405,7 @@ def test_your_own_classes(tiny, evaluate_py, tmp_path, monkeypatch, capsys):
     assert outliers["boundary_labels"].bincount().tolist() == [4] * 3 and outliers["basis"].shape[1] == 32 * 32 * 32
     with pytest.raises(SystemExit):
         tiny(run, "--dataset", photos, "--arch", "resnet_tiny", "--resume")
-    assert "a run of other size: resume" in capsys.readouterr().err                       # 32 is another run's
+    assert "a run of other size, training images: resume" in capsys.readouterr().err                       # 32 is another run's
 
     monkeypatch.setattr(sys, "argv", ["synthesize.py", str(run / "ce.pt"), "--dataset", str(photos), "--size", "64",
                                       "--out", str(tmp_path / "o.pt"), "--per-class", "2", "--diffusion-steps", "1",
