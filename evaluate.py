@@ -556,11 +556,11 @@ def evaluate(net, data, scores, ref):
     return entry, confidences
 
 
-def describe(program, args, data):
+def describe(program, data, size, device):
     """What results.json says of every run."""
     versions = {package.__name__: package.__version__ for package in (torch, torchvision, np)}
-    return {"dataset": data.name, "size": args.size, "classes": data.classes,
-            "command": shlex.join([program, *sys.argv[1:]]), "device": args.device,
+    return {"dataset": data.name, "size": size, "classes": data.classes,
+            "command": shlex.join([program, *sys.argv[1:]]), "device": device,
             "versions": versions, "missing": data.missing(), "sources": data.sources}
 
 
@@ -843,7 +843,7 @@ def measure(args, details):
     data = load_set(args.dataset, args.data_root, args.size, splits, args.ood)
     if not set(data.splits) - set(ID_SPLITS):
         fail(f"no OOD set of {data.name} is there: name folders with --ood")
-    results = {**describe("evaluate.py", args, data), "models": {}}
+    results = {**describe("evaluate.py", data, args.size, args.device), "models": {}}
     for file, content in zip(args.checkpoints, details):
         name = Path(file).stem if Path(file).stem not in results["models"] else file
         net = open_network(file, content, data.classes, args.size, args.device)

@@ -99,13 +99,13 @@ class MICL(nn.Module):
 
     @classmethod
     def start(cls, id_logits, id_features):
-        """ID logits [N, C], features [N, D] -> a critic; tau: 5 % quantile of the ratios, a: 1 / std."""
+        """ID logits [N, C], features [N, D] -> a critic: tau is the ratios' 5 % quantile, a 1 / std."""
         critic = cls(id_features.float().mean(0))
         ratio = critic.score(id_logits, id_features)
         return cls(critic.mean, 1 / ratio.std().clamp_min(1e-6), ratio.quantile(0.05))
 
     def score(self, logits, features):
-        """Logits [B, C], features [B, D] -> ratio r [B] in float32, higher = more in-distribution."""
+        """Logits [B, C], features [B, D] -> ratio r [B] in float32, higher = more ID."""
         logits, features = logits.float(), features.float()  # bf16 and float16 ratios would tie
         distance = (features - self.mean).norm(dim=1)
         return (logits.amax(1) - logits.mean(1)) / distance.clamp_min(1e-12)

@@ -74,7 +74,7 @@ def main():
     data, start, teacher, outliers = load_inputs(args, device)
     if args.benchmark:
         return benchmark(args.out, options, data, start, teacher)
-    run = begin_run(args, data)
+    run = begin_run(options, args.out, args.resume, data)
 
     # 1. The start: a cross-entropy network. If ce.pt exists, this run is being resumed.
     if not (run.out / "ce.pt").exists():
@@ -333,14 +333,15 @@ def train(stage, objective, data, run):
         if not finite.all():
             first = int(finite.int().argmin())
             shown = ", ".join(f"{name} {value}" for name, value in zip(names, values[first]))
-            fail(f"the loss is not finite at {stage} step {step - len(values) + first}: {shown}; lower "
-                 "a --w-* weight, or add images to a small training set")
+            fail(f"the loss is not finite at {stage} step {step - len(values) + first}: {shown}; "
+                 "lower a --w-* weight, or add images to a small training set")
         run.seconds[stage] += elapsed
         if run.out and is_first():
             epoch, per_step = (step - 1) // per_epoch + 1, elapsed / len(pending)
             shown = "  ".join(f"{name} {mean:.3f}" for name, mean in zip(names, values.mean(0)))
             print(f"{stage}: epoch {epoch}/{epochs}, step {place + 1}/{per_epoch}, {shown}, "
-                  f"{batch / per_step:.0f} images/s, {(steps - step) * per_step:.0f} s left", flush=True)
+                  f"{batch / per_step:.0f} images/s, {(steps - step) * per_step:.0f} s left",
+                  flush=True)
         if period_ends and (options["recipe"] == "released" or isinstance(net, models.ViT)):
             best = better(best, net, data)
         if period_ends and run.out:
@@ -496,24 +497,24 @@ def build(options, classes):
         return models.build(options["arch"], classes, options["size"])
 
 
-def begin_run(args, data):
+def begin_run(options, out, resume, data):
     """The folder --out, empty or to be resumed by the same options on the same images -> a Run."""
     images, labels = (part.cpu().contiguous().numpy().data for part in data.splits["train"])
-    run = Run(args.options, zlib.crc32(labels, zlib.crc32(images)), args.out,
+    run = Run(options, zlib.crc32(labels, zlib.crc32(images)), out,
               {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0})
-    if args.resume and (args.out / "checkpoint.pt").exists():
-        saved = load_checkpoint(args.out)
-        old, new = saved["options"], run.options
-        differ = [name for name in {**old, **new} if old.get(name, "-") != new.get(name, "-")]
+    if resume and (out / "checkpoint.pt").exists():
+        saved = load_checkpoint(out)
+        old = saved["options"]
+        differ = [name for name in {**old, **options} if old.get(name, "") != options.get(name, "")]
         if saved["digest"] != run.digest:
             differ.append("training images")
         if differ:
-            fail(f"{args.out} holds a run of other {', '.join(differ)}: resume by the same command")
+            fail(f"{out} holds a run of other {', '.join(differ)}: resume by the same command")
         return run._replace(seconds=saved["seconds"])
-    held = sorted(file.name for kind in ("*.pt", "results.json") for file in args.out.glob(kind))
+    held = sorted(file.name for kind in ("*.pt", "results.json") for file in out.glob(kind))
     if held:
-        fail(f"{args.out} holds another run's {', '.join(held)}: name another --out, or go on from "
-             "a checkpoint.pt with --resume")
+        fail(f"{out} holds another run's {', '.join(held)}: name another --out, or go on from a "
+             "checkpoint.pt with --resume")
     barrier()  # until every process has looked
     save_checkpoint(run, {"stage": "begun"})
     return run
@@ -580,7 +581,7 @@ def report(args, run, data, nets):
         measured[name], _ = evaluate.evaluate(net, data, list(evaluate.SCORES), ref)
     seconds = {**run.seconds, "evaluate": time.perf_counter() - begun}
     seconds["total"] = sum(seconds.values())
-    results = {**evaluate.describe("train.py", args, data), "arch": run.options["arch"],
+    results = {**evaluate.describe("train.py", data, args.size, args.device), "arch": run.options["arch"],
                "seed": run.options["seed"], "label": args.label, "options": run.options,
                "seconds": seconds, "models": measured}
     evaluate.write(run.out / "results.json", json.dumps(results, indent=1))
@@ -666,7 +667,8 @@ def parse_args():
     parser.add_argument("--teacher", metavar="{vit_b_16,FILE}",
                         help="distil from this network: one that has grown from --ce, or a ViT, "
                         "which also finds the boundary; vit_b_16: ImageNet's, fine-tuned here")
-    parser.add_argument("--recipe", choices=RECIPES, default="oal", help="released: the paper's code")
+    parser.add_argument("--recipe", choices=RECIPES, default="oal",
+                        help="released: that of the paper's code")
     parser.add_argument("--peer", choices=["vos"], help="train the student by this method instead")
     parser.add_argument("--outliers", default="diffusion", metavar="{diffusion,noise,FILE}",
                         help="noise in place of latents; or an outliers.pt made from the same --ce")
