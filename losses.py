@@ -99,7 +99,7 @@ class MICL(nn.Module):
 
     @classmethod
     def start(cls, id_logits, id_features):
-        """ID logits [N, C], features [N, D] -> a critic: tau is the ratios' 5 % quantile, a 1 / std."""
+        """ID logits [N, C], features [N, D] -> a critic; tau: the ratios' 5 % quantile, a: 1 / std."""
         critic = cls(id_features.float().mean(0))
         ratio = critic.score(id_logits, id_features)
         return cls(critic.mean, 1 / ratio.std().clamp_min(1e-6), ratio.quantile(0.05))

@@ -581,9 +581,9 @@ def report(args, run, data, nets):
         measured[name], _ = evaluate.evaluate(net, data, list(evaluate.SCORES), ref)
     seconds = {**run.seconds, "evaluate": time.perf_counter() - begun}
     seconds["total"] = sum(seconds.values())
-    results = {**evaluate.describe("train.py", data, args.size, args.device), "arch": run.options["arch"],
-               "seed": run.options["seed"], "label": args.label, "options": run.options,
-               "seconds": seconds, "models": measured}
+    results = {**evaluate.describe("train.py", data, args.size, args.device),
+               "arch": run.options["arch"], "seed": run.options["seed"], "label": args.label,
+               "options": run.options, "seconds": seconds, "models": measured}
     evaluate.write(run.out / "results.json", json.dumps(results, indent=1))
     print("\n".join(evaluate.tables([results])))
     print(f"written: {run.out / 'results.json'}")
