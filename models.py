@@ -327,11 +327,14 @@ def load_network(path, num_classes, arch=None, size=32):
 def load_imagenet_vit(num_classes, folder):
     """ViT-B/16 with torchvision's ImageNet weights, kept in the folder, and a head of zeros."""
     url = ViT_B_16_Weights.IMAGENET1K_V1.url
+    path = Path(folder) / os.path.basename(url)
     try:
-        state = renamed(torch.hub.load_state_dict_from_url(
-            url, folder, map_location="cpu", check_hash=True, weights_only=True))
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), re.search(r"-(\w+)\.pth", url)[1])
+        state = renamed(torch.load(path, map_location="cpu", weights_only=True))
         net = ViT(state, num_classes)
         net.load_state_dict({**state, **net.heads.state_dict(prefix="heads.")})
     except Exception as problem:  # no network, a file cut short, another network's
-        fail(f"no weights in {folder} ({str(problem):.300}): put the file of {url} there")
+        fail(f"no weights {path} ({str(problem):.300}): put the file of {url} there")
     return net
