@@ -784,12 +784,16 @@ def common_parser(doc):
 def check_common(args):
     """Ends the program where a shared option is of no use; fills in the size."""
     args.size = args.size or SIZE
+    device = args.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's: each its own GPU
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.zeros(1, device=args.device).item()  # no value comes back from 'meta'
+        torch.zeros(1, device=device).item()  # no value comes back from 'meta'
     except (RuntimeError, AssertionError, ImportError) as problem:  # without CUDA: AssertionError
         fail(f"no device {args.device}: {str(problem).splitlines()[0]}")
     if args.dataset in NAMED and args.size not in (SIZE, 224):
-        fail(f"--size {args.size}: the images of {args.dataset} are {SIZE} wide: leave it out")
+        fail(f"the images of {args.dataset} are {SIZE} wide, not {args.size}: leave out --size, or "
+             "name another --dataset")
     if args.dataset not in NAMED and not Path(args.dataset).is_dir():
         fail(f"no dataset {args.dataset}: name a folder, or one of {', '.join(NAMED)}")
     if args.data_root != "data" and not Path(args.data_root).is_dir():

@@ -81,7 +81,8 @@ class MICL(nn.Module):
         r(h) = m / d,    m = top logit - mean logit,    d = |h - mean|
 
     m says how far the predicted class stands out, d how far the feature is from the centre of the
-    ID features. Their ratio asks whether a feature points along a class, whatever its length.
+    ID features. Their ratio asks whether a feature points along a class; a longer feature has a
+    larger m and a larger d.
     At r = tau ID and outlier are equally likely; a > 0 is the slope of the log-odds there. Both
     are trained with the network, without weight decay. `mean` [D] is a running mean.
 
@@ -99,7 +100,7 @@ class MICL(nn.Module):
 
     @classmethod
     def start(cls, id_logits, id_features):
-        """ID logits [N, C], features [N, D] -> a critic; tau: the ratios' 5 % quantile, a: 1 / std."""
+        """ID logits [N, C], features [N, D] -> a critic; tau: 5 % quantile of r, a: 1 / std of r."""
         critic = cls(id_features.float().mean(0))
         ratio = critic.score(id_logits, id_features)
         return cls(critic.mean, 1 / ratio.std().clamp_min(1e-6), ratio.quantile(0.05))
@@ -118,7 +119,8 @@ class MICL(nn.Module):
         """Logits [B, C], features [B, D], is_id bool [B] -> minus the bound in nats, a scalar.
 
         0: chance level; -log 2: perfect separation. Both kinds of rows are needed. In training
-        mode the running mean moves a tenth of the way to the mean of the batch's ID features.
+        mode the running mean moves a tenth of the way to the mean of the batch's ID features (under
+        torchrun, of the first process's).
         """
         n_id, n_outliers = is_id.sum(), (~is_id).sum()
         if self.training:

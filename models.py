@@ -139,7 +139,7 @@ def projection(teacher_dim, student_dim):
 # --- Many images through a network.
 
 def autocast(device):
-    """bf16 autocast where it is faster than float32: of Intel's CPUs those with AMX."""
+    """bf16 autocast where it is faster than float32: on GPUs, AMD's CPUs, Intel's with AMX."""
     device, faster = torch.device(device), False
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -190,7 +190,7 @@ def predict(net, images, mean, std):
 
 
 def check_finite(values):
-    """FloatingPointError unless the square sums of values [B, K], which scores need, are finite."""
+    """FloatingPointError if the sum of squares of a row of [B, K] is not finite: scores need it."""
     if not values.square().sum(1).isfinite().all():
         raise FloatingPointError("the network gives outputs that are not finite")
 
@@ -233,7 +233,7 @@ def progress(what, items):
 
 # --- Files of weights.
 
-# Other names of weights: pytorch-cifar's, those of timm's ViT, of torchvision's published ViT file.
+# Names in the files of pytorch-cifar, of timm's ViT, of torchvision's ViT -> ours.
 RENAMED = {
     r"^linear\.": "fc.",
     r"^cls_token": "class_token",
@@ -250,7 +250,7 @@ RENAMED = {
 
 FORMATS = {".onnx": "ONNX", ".npz": "numpy", ".npy": "numpy", ".h5": "HDF5", ".keras": "Keras"}
 
-# What a saved numpy number, such as an accuracy, is made by: under numpy 1's name and numpy 2's.
+# Lets torch.load read numpy numbers, such as an accuracy, that numpy 1 or 2 has saved.
 NUMPY = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
          for core in ("core", "_core")]
 NUMPY += [np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefd")]

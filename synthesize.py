@@ -77,7 +77,7 @@ def gaussian_outliers(features, labels, per_class, generator):
     """The virtual outliers of VOS (arXiv 2202.01197), a peer -> float32 [C * per_class, D].
 
     features [N, D], labels [N] on the CPU. Each class is a Gaussian about its mean, all of one
-    covariance; of 10,000 draws the per_class of lowest density stay. VOS refits as it trains.
+    covariance; of 10,000 draws the per_class of lowest density stay. VOS itself refits in training.
     """
     classes = labels.unique()
     features = features.double()  # in float32 the Cholesky root can fail
@@ -104,7 +104,7 @@ BATCH = 256  # images per step of training
 def fit_codec(maps):
     """Maps [N, C, H, W] -> codec {mean [P], basis [L, P] orthonormal, scale []}, P = C H W.
 
-    L = CODE principal components, or those of more than rounding's variance, by the Gram matrix.
+    L = CODE principal components, or fewer: those whose variance is only rounding are left out.
     """
     x = maps.float().flatten(1)  # [N, P]
     mean, energy = x.mean(0), x.square().sum().item()
@@ -143,15 +143,15 @@ def decode(codes, codec, shape):
 def outlier_maps(maps, outliers, draws, noise=None):
     """Maps of ID images [B, C, H, W], tensors of outliers.pt -> outlier maps [M, C, H, W].
 
-    draws [M, 4] in 0..1 choose a latent, a host among the maps, and factors from 0 to 2 for the
-    latent, which replaces the host's code, and for the detail that the code leaves out. With a
-    generator `noise`, the row to beat: the host plus Gaussian noise as strong, no latent.
+    draws [M, 4] in 0..1: which latent, which host map, and half the factors of the latent, which
+    replaces the host's code, and of the host's detail, which the code leaves out. With a generator
+    `noise`, the row to beat: the host plus Gaussian noise as strong; outliers are not used.
     """
-    latents, shape = outliers["latent"], maps.shape[1:]
     chosen, host, contrast, detail = draws.T
     hosts = maps.detach()[(host * len(maps)).long()].float()  # [M, C, H, W]
     if noise:
         return hosts + hosts.std() * torch.randn(hosts.shape, generator=noise, device=hosts.device)
+    latents, shape = outliers["latent"], maps.shape[1:]
     codes = 2 * contrast[:, None] * latents[(chosen * len(latents)).long()]  # [M, L]
     with torch.autocast(hosts.device.type, enabled=False):
         rest = hosts - decode(encode(hosts, outliers), outliers, shape)
@@ -235,8 +235,8 @@ def draw_latents(net, conds, generator, steps=20):
     """Conditions [B, D] -> latents float32 [B, L]: from noise along the predicted velocity.
 
     The velocity is dz / d angle of z = cos(angle) x + sin(angle) noise, integrated from pi / 2 to 0
-    by the second-order Adams-Bashforth rule: by the first, DDIM's (arXiv 2010.02502), 20 steps
-    lose 7 % of the latents' length.
+    by the second-order Adams-Bashforth rule. DDIM (arXiv 2010.02502), of first order, loses 7 % of
+    the latents' length in 20 steps.
     """
     device, drawn = net.mean.device, []
     for cond in conds.to(device).split(1024):
@@ -252,8 +252,8 @@ def draw_latents(net, conds, generator, steps=20):
 
 
 # --- Optional, as released: Stable Diffusion v1 by diffusers (Dream-OOD, arXiv 2309.13415).
-# A boundary outlier is the last word of its prompt and stands for the whole name of the class, so
-# that all prompts have one length; the release shortens names to a word ('maple' for maple_tree).
+# A boundary outlier replaces the last word of the prompt and stands for the whole name of the
+# class, so that all prompts have one length; the release shortens names ('maple' for maple_tree).
 
 SD_PROMPT = "A high-quality image of the thing"
 
@@ -263,14 +263,13 @@ def load_sd(name, device):
     try:
         from diffusers import PNDMScheduler, StableDiffusionPipeline
         pipe = StableDiffusionPipeline.from_pretrained(
-            name, safety_checker=None, requires_safety_checker=False, low_cpu_mem_usage=False,
-            dtype=torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+            name, safety_checker=None, requires_safety_checker=False, low_cpu_mem_usage=False)
     except Exception as problem:  # no package, no network, no such name, a folder of something else
         fail(f"--sd-model {name} cannot be loaded ({str(problem):.200}): name a folder, or a name "
              "on the Hugging Face hub, and pip install diffusers transformers")
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe.to(device, torch.float16 if torch.device(device).type == "cuda" else torch.float32)
 
 
 def class_words(pipe, names):
@@ -405,7 +404,8 @@ def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
     """A trained network and its ImageSet -> the tensors of outliers.pt.
 
     Latent i is drawn under boundary[i]. The diffusion model takes diffusion_steps, or 20 passes
-    over the images if fewer: beyond, it learns them by heart. A teacher lends its features.
+    over the images if fewer: beyond, it learns them by heart. A teacher's features take the place
+    of the network's.
     """
     images, labels = data.splits["train"]
     _, _, codec = codec_of(net, data)
@@ -441,7 +441,7 @@ def read_outliers(path, net, size):
 
 
 def nearest_images(outliers, features, data):
-    """Rows of ten images [R, 3, 2S, 2S], a class each: its mean's nearest, an outlier's nine."""
+    """Per class the image nearest to its mean and the nine nearest to an outlier [R, 3, 2S, 2S]."""
     images, labels = data.splits["train"]
     grid = []
     for label in outliers["boundary_labels"].unique()[:8]:

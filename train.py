@@ -16,7 +16,6 @@ import copy
 import json
 import math
 import os
-import sys
 import time
 import zlib
 from datetime import timedelta
@@ -47,7 +46,8 @@ TIERS = {
     "resnet_tiny": dict(ce_epochs=9, teacher_epochs=7, oal_epochs=8, oal_lr=0.01, batch=64,
                         crop=1, per_class=50, diffusion_steps=1000)}
 # Each stage has at least MIN_STEPS steps, unless --epochs is given. After fewer than 2 MIN_STEPS
-# batch-norm's statistics are computed anew. Checkpoints are at least CHECKPOINT_STEPS apart.
+# batch-norm's statistics are computed anew, unless the best epoch is kept. A checkpoint is saved
+# after whole epochs, every CHECKPOINT_STEPS steps or more.
 MIN_STEPS, CHECKPOINT_STEPS = 200, 20
 # Weights of the student's losses beside cross-entropy. 'released': those of the paper's code.
 RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_boundary=0.0, w_latent=1.0),
@@ -190,13 +190,13 @@ class Released(nn.Module):
     """The losses of the paper's code (HengGao12/OAL, openood/trainers/oal_trainer.py), in float32.
 
     Outliers are drawn without regard to the images, so that both CLUBs have expectation zero
-    (README, 'Audit'). The optimiser moves their q down the bound, with the network. The second has
-    a deeper mean net (openood/losses/deep_mi_loss.py).
+    (README, 'Audit'). One optimiser minimises the bound over q and the network together. The second
+    CLUB has a deeper mean net (openood/losses/deep_mi_loss.py).
     """
 
     def __init__(self, net, teacher, outliers, data, options):
         super().__init__()
-        self.net, self.scale, self.outliers = net, (data.mean, data.std), outliers or {}
+        self.net, self.scale, self.outliers = net, (data.mean, data.std), outliers
         self.w = {name: options[f"w_{name}"] for name in ("kd", "feat", "boundary", "latent")}
         self.teacher = self.boundary = self.latent = None
         dim = net.fc.in_features
@@ -266,7 +266,8 @@ def distils(options):
 
 
 def needs_outliers(options):
-    return bool(options["w_latent"] or options["w_boundary"])
+    """Noise needs none."""
+    return bool(options["w_latent"] and options["outliers"] != "noise" or options["w_boundary"])
 
 
 def random_rows(outliers, n, g):
@@ -283,9 +284,9 @@ def random_rows(outliers, n, g):
 def train(stage, objective, data, run):
     """Trains the objective's submodules in place, for the stage of that name.
 
-    By SGD, a ViT by Adam, with a cosine per step to 0. The released recipe and a ViT keep the best
-    epoch on the validation images. A resumed run goes on from checkpoint.pt, which is saved after
-    each epoch, of a small set after several.
+    By SGD, a ViT by Adam; the rate falls to 0 along a cosine, step by step. The released recipe and
+    a ViT keep the best of their checkpoints on the validation images. A resumed run goes on from
+    checkpoint.pt.
     """
     options, net, (images, labels) = run.options, objective.net, data.splits["train"]
     net.requires_grad_()
@@ -333,8 +334,9 @@ def train(stage, objective, data, run):
         if not finite.all():
             first = int(finite.int().argmin())
             shown = ", ".join(f"{name} {value}" for name, value in zip(names, values[first]))
-            fail(f"the loss is not finite at {stage} step {step - len(values) + first}: {shown}; "
-                 "lower a --w-* weight, or add images to a small training set")
+            at = step - len(values) + first + 1
+            fail(f"the loss is not finite at {stage} step {at}: {shown}; lower a --w-* weight, or "
+                 "add images to a small training set")
         run.seconds[stage] += elapsed
         if run.out and is_first():
             epoch, per_step = (step - 1) // per_epoch + 1, elapsed / len(pending)
@@ -390,7 +392,7 @@ def better(best, net, data):
 
 
 def generator(seed, stage, device="cpu"):
-    """A stage's only source of randomness, whether or not earlier stages ran in this process."""
+    """A stage draws the same numbers whether or not earlier stages ran in this process."""
     stages = ("weights", "ce", "synthesize", "oal", "teacher", "heads")
     return torch.Generator(device).manual_seed(10 * seed + stages.index(stage))
 
@@ -454,7 +456,7 @@ def load_inputs(args, device):
     """What a run begins with -> (data, start, teacher, outliers), checked before any training.
 
     The training images are on the device. teacher: fresh weights if it is still to be trained, None
-    without --teacher and distillation. outliers: those of a file given by --outliers, or None.
+    if there is neither --teacher nor distillation. outliers: those of --outliers FILE, or None.
     """
     options = args.options
     if not is_first():
@@ -517,6 +519,7 @@ def begin_run(options, out, resume, data):
              "checkpoint.pt with --resume")
     barrier()  # until every process has looked
     save_checkpoint(run, {"stage": "begun"})
+    barrier()  # before another reads it
     return run
 
 
@@ -653,7 +656,7 @@ def benchmark(out, options, data, net, teacher):
 
 
 def parse_args():
-    """-> the arguments, not changed any more; args.options decide the weights."""
+    """-> the arguments, not changed any more; args.options hold what decides the weights."""
     parser = evaluate.common_parser(__doc__)
     parser.add_argument("--ood", nargs="+", action="extend", default=[], metavar="FOLDER",
                         help="folders of your own OOD images")
@@ -680,9 +683,10 @@ def parse_args():
     args.arch = args.arch or ("resnet_tiny" if args.dataset == "shapes" else "resnet18")
     weights = {name: getattr(args, name) for name in RECIPES["oal"]}
     weights = {name: weight for name, weight in weights.items() if weight is not None}
-    other = weights or args.benchmark or args.recipe != "oal" or args.outliers != "diffusion"
+    other = (weights or args.benchmark or args.teacher or args.recipe != "oal"
+             or args.outliers != "diffusion")
     if args.peer and other:
-        fail("--peer is not OAL: leave out --recipe, --w-*, --outliers and --benchmark")
+        fail("--peer is not OAL: leave out --recipe, --teacher, --w-*, --outliers and --benchmark")
     if args.recipe == "oal" and args.w_boundary:
         fail("--w-boundary is for --recipe released: add that, or leave it out")
     if args.recipe == "released" and args.outliers == "noise":
