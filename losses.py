@@ -100,7 +100,7 @@ class MICL(nn.Module):
 
     @classmethod
     def start(cls, id_logits, id_features):
-        """ID logits [N, C], features [N, D] -> a critic; tau: 5 % quantile of r, a: 1 / std of r."""
+        """ID logits [N, C], features [N, D] -> critic; tau: 5 % quantile of r, a: 1 / std of r."""
         critic = cls(id_features.float().mean(0))
         ratio = critic.score(id_logits, id_features)
         return cls(critic.mean, 1 / ratio.std().clamp_min(1e-6), ratio.quantile(0.05))
