@@ -568,16 +568,16 @@ def describe(program, data, size, device):
 
 def table_rows(runs):
     """results.json dicts -> {label: {seed: (entry of "models", minutes of its training)}}."""
-    rows, starts = {}, []
+    rows = {}
     for number, run in enumerate(runs):
         seed = run.get("seed", f"run {number}")
         for name, entry in run["models"].items():
             label = run.get("label", name)  # evaluate.py's results have none
             if name == "ce" and "label" in run:
-                if entry in starts:  # given by --ce
+                known = rows.get("start", {}).get(seed)
+                if known and known[0]["id_acc"] == entry["id_acc"]:  # the same, given by --ce
                     continue
-                starts.append(entry)
-                label = f"start of {label}" if seed in rows.get("start", {}) else "start"
+                label = f"start of {label}" if known else "start"
             row = rows.setdefault(label, {})
             if seed in row:
                 fail(f"two runs are seed {seed} of {label}: leave one out")
