@@ -606,7 +606,8 @@ def benchmark(out, options, data, net, teacher):
     steps = min(10, len(images) // batch)
     data.splits["train"] = images[:steps * batch], labels[:steps * batch]
     teacher = teacher or models.to_device(build(options, len(data.classes)), device)
-    _, maps, codec = synthesize.codec_of(net, data)
+    maps, _ = next(models.feature_batches(net, images[:steps * batch], data.mean, data.std))
+    codec = synthesize.fit_codec(maps)
     outliers = {"boundary": torch.randn(200, net.fc.in_features, device=device),
                 "latent": torch.randn(200, len(codec["basis"]), device=device), **codec}
     run = Run({**options, "epochs": 1}, 0, None, {"ce": 0.0, "oal": 0.0})
