@@ -119,7 +119,7 @@ def write(path, content):
 # --- Images.
 
 class ImageSet(NamedTuple):
-    """An ID set and its OOD sets, whose labels mean nothing."""
+    """An ID set and its OOD sets. The labels of an OOD set are not used."""
     name: str
     classes: list  # names, in the order of the labels
     mean: torch.Tensor  # [3], of the training images from 0 to 1
@@ -722,11 +722,13 @@ def read_detector(path):
         return None
     try:
         content = torch.load(beside(path), map_location="cpu", weights_only=True)
-        tensors = [content[key] for key in ("image_mean", "image_std", "mean", "threshold")]
-        tensors += [content[key] for key in ("a", "tau") if key in content]
-        if ([tensor.dim() for tensor in tensors[:4]] == [1, 1, 1, 0] and content["size"] in SIZES
-                and all(tensor.isfinite().all() for tensor in tensors)
-                and {"classes", "n_val", "digest"} <= content.keys()):
+        mean, std = content["image_mean"], content["image_std"]
+        scalars = [content["threshold"], *(content[key] for key in ("a", "tau") if key in content)]
+        if (mean.shape == std.shape == (3,) and std.min() > 0 and content.get("a", 1) > 0
+                and all(value.isfinite().all() for value in (mean, std, content["mean"], *scalars))
+                and not any(scalar.dim() for scalar in scalars)
+                and content["size"] in SIZES and content["n_val"] > 0
+                and all(type(name) is str for name in (content["digest"], *content["classes"]))):
             return content
     except Exception:  # cut short, text, or without an entry
         pass
@@ -736,7 +738,8 @@ def read_detector(path):
 def open_network(path, content, classes, size, device):
     """A file of weights -> the network on the device, to which content, if any, must belong."""
     net = models.load_network(path, len(classes), size=size)
-    if content and content["digest"] != digest(net):
+    if content and (content["digest"] != digest(net)
+                    or content["mean"].shape != (net.fc.in_features,)):
         fail(f"{beside(path)} belongs to other weights than {path}: put back the files of one run")
     return models.to_device(net, device)
 

@@ -1714,12 +1714,13 @@ def test_resnet18_takes_three_steps_of_each_stage(monkeypatch):
     assert len(steps) == 9 and results_of("a")["arch"] == "resnet18"
 
 
-def test_a_small_folder_is_learned(tiny, monkeypatch):
+@parametrize("classes, count", [(2, 20), (4, 30)])
+def test_a_small_folder_is_learned(classes, count, tiny, monkeypatch):
     """Every network ends within 3 points of what new batch-norm statistics of the training images would give."""
     g, photos = rng(), Path("photos")
-    for c in range(2):
+    for c in range(classes):
         (photos / "train" / str(c)).mkdir(parents=True)
-        for i in range(20):
+        for i in range(count):
             image = (40 + 30 * c + 60 * torch.rand(32, 32, 3, generator=g)).to(torch.uint8)
             Image.fromarray(image.numpy()).save(photos / "train" / str(c) / f"{i}.png")
     monkeypatch.setattr(train, "MIN_STEPS", 30)  # fewer than 200: it has to be right even then
@@ -1727,7 +1728,7 @@ def test_a_small_folder_is_learned(tiny, monkeypatch):
     data, accuracies = load_set("photos"), []
     images, labels = map(torch.cat, zip(*data.splits.values()))
     for name in ("ce", "teacher", "student"):
-        net = load_network(f"run/{name}.pt", 2)
+        net = load_network(f"run/{name}.pt", classes)
         for renewed in (False, True):
             if renewed:
                 for part in net.modules():
@@ -1738,7 +1739,7 @@ def test_a_small_folder_is_learned(tiny, monkeypatch):
             predicted = predict(net, images, data.mean, data.std)[0].argmax(1)
             accuracies.append(100 * (predicted == labels).double().mean().item())
     for own, renewed in zip(accuracies[::2], accuracies[1::2]):
-        assert own >= renewed - 3 and own > 75  # and far above chance
+        assert own >= renewed - 3 and own > 150 / classes  # and far above chance
     assert accuracies[2] >= accuracies[0] - 3  # the teacher and the start
 
 
@@ -2271,7 +2272,10 @@ def test_a_dataset_that_is_not_the_detectors(evaluate_py, tmp_path, refused):
     (lambda c: b"no detector", "not a detector"), (lambda c: b"", "not a detector"), (lambda c: [1], "not a detector"),
     (lambda c: {key: c[key] for key in ("mean", "threshold")}, "not a detector"),
     (lambda c: {**c, "image_std": c["image_std"] / 0}, "not a detector"),
-    (lambda c: {**c, "threshold": torch.ones(2)}, "not a detector"), (lambda c: {**c, "size": 48}, "not a detector")])
+    (lambda c: {**c, "threshold": torch.ones(2)}, "not a detector"), (lambda c: {**c, "size": 48}, "not a detector"),
+    (lambda c: {**c, "image_mean": torch.ones(5)}, "not a detector"), (lambda c: {**c, "n_val": "3"}, "not a detector"),
+    (lambda c: {**c, "image_std": 0 * c["image_std"]}, "not a detector"),
+    (lambda c: {**c, "a": torch.ones(1)}, "not a detector"), (lambda c: {**c, "mean": c["mean"][:5]}, "other weights")])
 def test_a_detector_file_that_is_not_the_networks(change, says, refused):
     """One line and status 2, with and without --dataset."""
     draw_classes("photos", train_a=4, train_b=4)
@@ -2335,7 +2339,8 @@ def test_a_row_of_the_tables_is_a_label_over_its_seeds(capsys):
         "| start | 3 | 2.0±1.0 | 51.0±1.0 | 61.0±1.0 / 62.0±1.0 / 63.0±1.0 "
         "| 39.0±1.0 / 38.0±1.0 / 37.0±1.0 |",
         "| OAL | 3 | 2.0±0.0 | 62.0±2.0 | 72.0±2.0 / 73.0±2.0 / 74.0±2.0 | 28.0±2.0 / 27.0±2.0 / 26.0±2.0 |",
-        "| `--w-kd 0` | 2 | 2.0±0.0 | 55.5±0.7 | 65.5±0.7 / 66.5±0.7 / 67.5±0.7 | 34.5±0.7 / 33.5±0.7 / 32.5±0.7 |",
+        "| `--w-kd 0` | 2 | 2.0±0.0 | 55.5±0.7 | 65.5±0.7 / 66.5±0.7 / 67.5±0.7 "
+        "| 34.5±0.7 / 33.5±0.7 / 32.5±0.7 |",
         "| start of `--outliers noise` | 1 |  | 45.0 | 55.0 / 56.0 / 57.0 | 45.0 / 44.0 / 43.0 |",
         "| `--outliers noise` | 1 | 2.0 | 57.0 | 67.0 / 68.0 / 69.0 | 33.0 / 32.0 / 31.0 |", "",
         "| AUROC | svhn (10) |", "|---|---|",

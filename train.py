@@ -238,7 +238,7 @@ class VOS(nn.Module):
         _, features = models.predict(net, images, *self.scale)
         outliers = synthesize.gaussian_outliers(features, labels.cpu(), options["per_class"],
                                                 generator(options["seed"], "synthesize"))
-        self.outliers = outliers.to(images.device)                              # [M, D]
+        self.outliers = outliers.to(images.device)  # [M, D]
 
     def forward(self, x, y, g):
         with models.autocast(x.device):
