@@ -590,15 +590,23 @@ def mean_std(values):
     return f"{np.mean(values):.1f}{spread}" if values else ""
 
 
+def gain(differences):
+    """Differences of pairs -> their mean±standard error."""
+    n = len(differences)
+    error = f"±{np.std(differences, ddof=1) / math.sqrt(n):.2f}" if n > 1 else ""
+    return f"{np.mean(differences):+.2f}{error}"
+
+
 def markdown(head, body):
     lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *body)]
     return ["", lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
 def tables(runs):
-    """results.json dicts -> the lines of two Markdown tables, mean±standard deviation (n - 1).
+    """results.json dicts -> the lines of their Markdown tables, mean±standard deviation (n - 1).
 
-    A row is a label over its seeds. Scores: ebo, fdbd and micl, else those that there are.
+    A row is a label over its seeds. Scores: ebo, fdbd and micl, else those that there are. Of
+    several runs the last table is paired: each row less the first run's, seed by seed.
     """
     kinds = [[run["dataset"], run.get("arch"), run["size"],
               {name: row["n"] for name, row in score["sets"].items()}]
@@ -607,29 +615,51 @@ def tables(runs):
     if any(kind != kinds[0] for kind in kinds):
         fail("the runs differ in dataset, arch, size or OOD sets: make a table of each kind")
     dataset, arch, _, sets = kinds[0]
-    first = next(iter(runs[0]["models"].values()))["scores"]
-    scores = [score for score in ("ebo", "fdbd", "micl") if score in first] or list(first)
-    columns = [(group, metric) for group in ("near", "far") if group in first[scores[0]]
-               for metric in ("auroc", "fpr95")]
+    some = next(iter(runs[0]["models"].values()))["scores"]
+    scores = [score for score in ("ebo", "fdbd", "micl") if score in some] or list(some)
+    groups = [group for group in ("near", "far") if group in some[scores[0]]]
+    aurocs = [(group, "auroc") for group in groups]
+    both = [(group, metric) for group in groups for metric in ("auroc", "fpr95")]
+    accuracy = ("id", "acc")
 
-    def cell(entries, name, metric):  # of a group or a set, by each score
-        by_score = [[entry["scores"][score] for entry in entries] for score in scores]
-        return " / ".join(mean_std([{**row, **row["sets"]}[name][metric] for row in rows])
-                          for rows in by_score)
+    def figures(entry):  # {column: its numbers, one by each score}
+        by_score = [entry["scores"][score] for score in scores]
+        return {accuracy: [entry["id_acc"]],
+                **{(group, metric): [row[group][metric] for row in by_score]
+                   for group, metric in both},
+                **{name: [row["sets"][name]["auroc"] for row in by_score] for name in sets}}
 
-    means, aurocs = [], []
-    for label, row in table_rows(runs).items():
+    def cells(runs, columns, show=mean_std):
+        return [" / ".join(show(numbers) for numbers in zip(*(run[column] for run in runs)))
+                for column in columns]
+
+    rows = table_rows(runs)
+    base = runs[0].get("label", next(iter(rows)))
+    means, by_set, gains = [], [], []
+    for label, row in rows.items():
         entries, minutes = zip(*row.values())
+        own = [figures(entry) for entry in entries]
         means.append([label, len(row), mean_std([spent for spent in minutes if spent]),
-                      mean_std([entry["id_acc"] for entry in entries]),
-                      *(cell(entries, *column) for column in columns)])
-        aurocs.append([label, *(cell(entries, name, "auroc") for name in sets)])
+                      *cells(own, [accuracy, *both])])
+        by_set.append([label, *cells(own, sets)])
+        pairs = [(figures(row[seed][0]), figures(rows[base][seed][0]))
+                 for seed in row if seed in rows[base]]
+        less = [{column: np.subtract(ours[column], other[column]) for column in ours}
+                for ours, other in pairs]
+        if less and label != base:
+            gains.append([label, len(less), *cells(less, [accuracy, *aurocs], gain)])
+
+    def heads(columns):
+        return [f"{group} {metric.upper()}" for group, metric in columns]
     lines = [f"cells: {' / '.join(scores)}; minutes: of this training alone"]
     lines += markdown([f"{dataset}, {arch}" if arch else dataset, "runs", "minutes", "accuracy",
-                       *(f"{group} {metric.upper()}" for group, metric in columns)], means)
+                       *heads(both)], means)
     if sets:
         lines += markdown(["AUROC", *(f"{Path(name).name} ({n})" for name, n in sets.items())],
-                          aurocs)
+                          by_set)
+    if len(runs) > 1 and gains:
+        lines += markdown([f"less {base}, mean±standard error", "pairs", "accuracy",
+                           *heads(aurocs)], gains)
     missing = sorted({name for run in runs for name in run["missing"]})
     return lines + ["", f"missing, in no mean: {', '.join(missing)}"] * bool(missing)
 

@@ -2325,7 +2325,7 @@ def result(seed, label="OAL", ce=None, start=None, student=None, **more):
 
 
 def test_a_row_of_the_tables_is_a_label_over_its_seeds(capsys):
-    """By hand: three seeds, two rows more from --ce, one start that no run here has trained."""
+    """By hand: three seeds, two rows more from --ce, one start that no run here has trained; pairs share a seed."""
     runs = [result(0), result(1), result(2, missing=["places365"]),
             result(0, "`--w-kd 0`", ce="runs/0/ce.pt", student=measured(55.0, 65.0)),
             result(1, "`--w-kd 0`", ce="runs/1/ce.pt", student=measured(56.0, 66.0)),
@@ -2347,7 +2347,12 @@ def test_a_row_of_the_tables_is_a_label_over_its_seeds(capsys):
         "| start | 71.0±1.0 / 72.0±1.0 / 73.0±1.0 |",
         "| OAL | 82.0±2.0 / 83.0±2.0 / 84.0±2.0 |",
         "| `--w-kd 0` | 75.5±0.7 / 76.5±0.7 / 77.5±0.7 |", "| start of `--outliers noise` | 65.0 / 66.0 / 67.0 |",
-        "| `--outliers noise` | 77.0 / 78.0 / 79.0 |", "", "missing, in no mean: places365"]
+        "| `--outliers noise` | 77.0 / 78.0 / 79.0 |", "",
+        "| less OAL, mean±standard error | pairs | accuracy | near AUROC |", "|---|---|---|---|",
+        "| start | 3 | -11.00±0.58 | -11.00±0.58 / -11.00±0.58 / -11.00±0.58 |",
+        "| `--w-kd 0` | 2 | -5.50±0.50 | -5.50±0.50 / -5.50±0.50 / -5.50±0.50 |",
+        "| start of `--outliers noise` | 1 | -15.00 | -15.00 / -15.00 / -15.00 |",
+        "| `--outliers noise` | 1 | -3.00 | -3.00 / -3.00 / -3.00 |", "", "missing, in no mean: places365"]
 
 
 def test_tables_of_evaluate_py():
