@@ -130,6 +130,11 @@ def codec_of(net, data):
     return some, maps, codec
 
 
+def network_id(net):
+    """uint8 [32]: what outliers.pt keeps of the network whose maps its latents decode to."""
+    return torch.frombuffer(bytearray.fromhex(evaluate.digest(net)), dtype=torch.uint8)
+
+
 def encode(maps, codec):
     """Maps [B, C, H, W] -> codes float32 [B, L], of about unit mean square."""
     return (maps.float().flatten(1) - codec["mean"]) @ codec["basis"].T / codec["scale"]
@@ -395,7 +400,8 @@ def sd_codes(pipe, net, data, words, seed, batch=4):
     own = F.adaptive_avg_pool2d(vae_encode(pipe, some, batch), size).flatten(1)  # [N, 4 H W]
     weight, offset = ridge_regression(own, codes)
     latent = F.adaptive_avg_pool2d(raw, size).flatten(1) @ weight + offset
-    return {"latent": latent, "released": raw.mean(1).mean(1), **codec}, raw
+    return {"latent": latent, "released": raw.mean(1).mean(1), "network": network_id(net),
+            **codec}, raw
 
 
 # --- The whole stage: a trained network and its training images -> outliers.pt.
@@ -418,7 +424,7 @@ def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
     latent = draw_latents(train_diffusion(latents, features, steps, generator), boundary, generator)
     print(f"synthesize: {len(latent)} latents of {latent.shape[1]} numbers", flush=True)
     return {"boundary": boundary, "boundary_labels": classes, "latent": latent,
-            "latent_labels": classes, **codec}
+            "latent_labels": classes, "network": network_id(net), **codec}
 
 
 def read_outliers(path, net, size):

@@ -1573,6 +1573,12 @@ def test_outlier_files_that_are_none(wrong, refused):
     assert "file does not hold outliers" in refused(synthesize.read_outliers, "file", net, 32)
 
 
+def test_outliers_of_another_start_are_refused(default_run, refused):
+    save_net("other.pt")
+    words = "--ce other.pt --out new --outliers", default_run / "outliers.pt"
+    assert "was not made from other.pt" in refused(go, train, *words) and os.listdir() == ["other.pt"]
+
+
 OAL_OPTIONS = dict(train.RECIPES["oal"], recipe="oal", peer=None, seed=0, outliers="diffusion", per_class=1)
 
 

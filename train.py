@@ -482,6 +482,9 @@ def load_inputs(args, device):
         teacher = build(options, classes)
     if args.outliers not in ("diffusion", "noise"):
         outliers = synthesize.read_outliers(args.outliers, start, args.size)
+        own = synthesize.network_id(start)
+        if args.ce and not outliers.get("network", own).equal(own):
+            fail(f"{args.outliers} was not made from {args.ce}: name the outliers.pt of its run")
     if is_first():
         if data.missing():
             print(f"missing, and left out of the means: {', '.join(data.missing())}", flush=True)
