@@ -617,49 +617,41 @@ def tables(runs):
     dataset, arch, _, sets = kinds[0]
     some = next(iter(runs[0]["models"].values()))["scores"]
     scores = [score for score in ("ebo", "fdbd", "micl") if score in some] or list(some)
-    groups = [group for group in ("near", "far") if group in some[scores[0]]]
-    aurocs = [(group, "auroc") for group in groups]
-    both = [(group, metric) for group in groups for metric in ("auroc", "fpr95")]
-    accuracy = ("id", "acc")
+    columns = {f"{group} {metric.upper()}": (group, metric) for group in ("near", "far")
+               if group in some[scores[0]] for metric in ("auroc", "fpr95")}
+    heads = ["accuracy", *columns]
 
-    def figures(entry):  # {column: its numbers, one by each score}
+    def figures(entry):  # {head or set: its numbers, one by each score}
         by_score = [entry["scores"][score] for score in scores]
-        return {accuracy: [entry["id_acc"]],
-                **{(group, metric): [row[group][metric] for row in by_score]
-                   for group, metric in both},
+        return {"accuracy": [entry["id_acc"]],
+                **{head: [row[group][metric] for row in by_score]
+                   for head, (group, metric) in columns.items()},
                 **{name: [row["sets"][name]["auroc"] for row in by_score] for name in sets}}
 
-    def cells(runs, columns, show=mean_std):
-        return [" / ".join(show(numbers) for numbers in zip(*(run[column] for run in runs)))
-                for column in columns]
+    def cells(runs, names, show=mean_std):
+        return [" / ".join(show(numbers) for numbers in zip(*(run[name] for run in runs)))
+                for name in names]
 
     rows = table_rows(runs)
-    base = runs[0].get("label", next(iter(rows)))
-    means, by_set, gains = [], [], []
+    first = runs[0].get("label", next(iter(rows)))
+    base = {seed: figures(entry) for seed, (entry, _) in rows[first].items()}
+    means, aurocs, gains = [], [], []
     for label, row in rows.items():
-        entries, minutes = zip(*row.values())
-        own = [figures(entry) for entry in entries]
-        means.append([label, len(row), mean_std([spent for spent in minutes if spent]),
-                      *cells(own, [accuracy, *both])])
-        by_set.append([label, *cells(own, sets)])
-        pairs = [(figures(row[seed][0]), figures(rows[base][seed][0]))
-                 for seed in row if seed in rows[base]]
-        less = [{column: np.subtract(ours[column], other[column]) for column in ours}
-                for ours, other in pairs]
-        if less and label != base:
-            gains.append([label, len(less), *cells(less, [accuracy, *aurocs], gain)])
-
-    def heads(columns):
-        return [f"{group} {metric.upper()}" for group, metric in columns]
+        minutes = [spent for _, spent in row.values() if spent]
+        own = {seed: figures(entry) for seed, (entry, _) in row.items()}
+        means.append([label, len(row), mean_std(minutes), *cells(own.values(), heads)])
+        aurocs.append([label, *cells(own.values(), sets)])
+        less = [{head: np.subtract(own[seed][head], base[seed][head]) for head in heads}
+                for seed in own if seed in base]
+        if less and label != first:
+            gains.append([label, len(less), *cells(less, heads, gain)])
     lines = [f"cells: {' / '.join(scores)}; minutes: of this training alone"]
-    lines += markdown([f"{dataset}, {arch}" if arch else dataset, "runs", "minutes", "accuracy",
-                       *heads(both)], means)
+    lines += markdown([f"{dataset}, {arch}" if arch else dataset, "runs", "minutes", *heads], means)
     if sets:
         lines += markdown(["AUROC", *(f"{Path(name).name} ({n})" for name, n in sets.items())],
-                          by_set)
+                          aurocs)
     if len(runs) > 1 and gains:
-        lines += markdown([f"less {base}, mean±standard error", "pairs", "accuracy",
-                           *heads(aurocs)], gains)
+        lines += markdown([f"less {first}, mean±standard error", "pairs", *heads], gains)
     missing = sorted({name for run in runs for name in run["missing"]})
     return lines + ["", f"missing, in no mean: {', '.join(missing)}"] * bool(missing)
 

@@ -2354,11 +2354,13 @@ def test_a_row_of_the_tables_is_a_label_over_its_seeds(capsys):
         "| OAL | 82.0±2.0 / 83.0±2.0 / 84.0±2.0 |",
         "| `--w-kd 0` | 75.5±0.7 / 76.5±0.7 / 77.5±0.7 |", "| start of `--outliers noise` | 65.0 / 66.0 / 67.0 |",
         "| `--outliers noise` | 77.0 / 78.0 / 79.0 |", "",
-        "| less OAL, mean±standard error | pairs | accuracy | near AUROC |", "|---|---|---|---|",
-        "| start | 3 | -11.00±0.58 | -11.00±0.58 / -11.00±0.58 / -11.00±0.58 |",
-        "| `--w-kd 0` | 2 | -5.50±0.50 | -5.50±0.50 / -5.50±0.50 / -5.50±0.50 |",
-        "| start of `--outliers noise` | 1 | -15.00 | -15.00 / -15.00 / -15.00 |",
-        "| `--outliers noise` | 1 | -3.00 | -3.00 / -3.00 / -3.00 |", "", "missing, in no mean: places365"]
+        "| less OAL, mean±standard error | pairs | accuracy | near AUROC | near FPR95 |", "|---|---|---|---|---|",
+        "| start | 3 | -11.00±0.58 | -11.00±0.58 / -11.00±0.58 / -11.00±0.58 "
+        "| +11.00±0.58 / +11.00±0.58 / +11.00±0.58 |",
+        "| `--w-kd 0` | 2 | -5.50±0.50 | -5.50±0.50 / -5.50±0.50 / -5.50±0.50 | +5.50±0.50 / +5.50±0.50 / +5.50±0.50 |",
+        "| start of `--outliers noise` | 1 | -15.00 | -15.00 / -15.00 / -15.00 | +15.00 / +15.00 / +15.00 |",
+        "| `--outliers noise` | 1 | -3.00 | -3.00 / -3.00 / -3.00 | +3.00 / +3.00 / +3.00 |", "",
+        "missing, in no mean: places365"]
 
 
 def test_tables_of_evaluate_py():
