@@ -5,8 +5,10 @@
 1. Per class, the training features farthest from their class by k-nearest-neighbour distance, and
    around them the Gaussian draws farther still: boundary outliers (the paper's section 3.2).
 2. A latent diffusion model, trained here in a minute, learns the latents of ID images given their
-   unit features, then draws latents under the boundary outliers. A latent is the code of a stage-2
-   feature map; decoded, it enters the network between `lower` and `upper`.
+   unit features. A latent is the code of a stage-2 feature map, between `lower` and `upper`.
+3. Of the same noise it draws two latents, one under a boundary outlier, one under the ID feature
+   nearest to it. The step from the second to the first, added to the map of an ID image, makes an
+   outlier map. What both draws lack for real ones cancels.
 """
 import math
 from pathlib import Path
@@ -34,6 +36,11 @@ def kth_distance(queries, bank, k):
     """Unit vectors queries [Q, D] -> their distance to the k-th nearest in bank [N, D]: [Q]."""
     cosine = (queries @ bank.T).topk(k, dim=1, sorted=False)[0].amin(1)  # [Q]
     return (2 - 2 * cosine).clamp_min(0).sqrt()
+
+
+def nearest_features(queries, features):
+    """Unit vectors queries [Q, D] -> for each the nearest of the unit features [N, D]: [Q, D]."""
+    return features[torch.cat([(some @ features.T).argmax(1) for some in queries.split(500)])]
 
 
 @torch.no_grad()
@@ -140,27 +147,24 @@ def encode(maps, codec):
     return (maps.float().flatten(1) - codec["mean"]) @ codec["basis"].T / codec["scale"]
 
 
-def decode(codes, codec, shape):
-    """Codes [B, L] -> maps [B, C, H, W], shape = (C, H, W)."""
-    return (codes * codec["scale"] @ codec["basis"] + codec["mean"]).unflatten(1, shape)
-
-
 def outlier_maps(maps, outliers, draws, noise=None):
     """Maps of ID images [B, C, H, W], tensors of outliers.pt -> outlier maps [M, C, H, W].
 
-    draws [M, 4] in 0..1: which latent, which host map, and half the factors of the latent, which
-    replaces the host's code, and of the host's detail, which the code leaves out. With a generator
-    `noise`, the row to beat: the host plus Gaussian noise as strong; outliers are not used.
+    draws [M, 3] in 0..1: which latent, which host map, and half the factor of the step from the
+    latent's inlier to the latent, which is added to the host. With a generator `noise`, the row to
+    beat: Gaussian noise as strong as the host is added; outliers are not used.
     """
-    chosen, host, contrast, detail = draws.T
+    chosen, host, strength = draws.T
     hosts = maps.detach()[(host * len(maps)).long()].float()  # [M, C, H, W]
     if noise:
-        return hosts + hosts.std() * torch.randn(hosts.shape, generator=noise, device=hosts.device)
-    latents, shape = outliers["latent"], maps.shape[1:]
-    codes = 2 * contrast[:, None] * latents[(chosen * len(latents)).long()]  # [M, L]
-    with torch.autocast(hosts.device.type, enabled=False):
-        rest = hosts - decode(encode(hosts, outliers), outliers, shape)
-        return decode(codes, outliers, shape) + 2 * detail[:, None, None, None] * rest
+        step = hosts.std() * torch.randn(hosts.shape, generator=noise, device=hosts.device)
+    else:
+        index = (chosen * len(outliers["latent"])).long()
+        codes = outliers["latent"][index] - outliers["inlier"][index]  # [M, L]
+        codes = 2 * strength[:, None] * outliers["scale"] * codes
+        with torch.autocast(hosts.device.type, enabled=False):
+            step = (codes @ outliers["basis"]).unflatten(1, maps.shape[1:])
+    return F.relu(hosts + step)  # a real map has no value below 0
 
 
 # --- Latent diffusion: v-prediction (arXiv 2202.00512), cosine schedule.
@@ -236,16 +240,15 @@ def train_diffusion(latents, conds, steps, generator, width=512):
 
 
 @torch.no_grad()
-def draw_latents(net, conds, generator, steps=20):
-    """Conditions [B, D] -> latents float32 [B, L]: from noise along the predicted velocity.
+def draw_latents(net, conds, noise, steps=20):
+    """Conditions [B, D], noise [B, L] -> latents float32 [B, L], along the predicted velocity.
 
     The velocity is dz / d angle of z = cos(angle) x + sin(angle) noise, integrated from pi / 2 to 0
     by the second-order Adams-Bashforth rule. DDIM (arXiv 2010.02502), of first order, loses 7 % of
     the latents' length in 20 steps.
     """
     device, drawn = net.mean.device, []
-    for cond in conds.to(device).split(1024):
-        z = torch.randn(len(cond), len(net.mean), generator=generator, device=device)
+    for cond, z in zip(conds.to(device).split(1024), noise.to(device).split(1024)):
         before = None
         for time in torch.linspace(1, 0, steps + 1, device=device)[:-1]:
             with models.autocast(device):
@@ -312,18 +315,20 @@ def align(features, labels, words, generator, steps=1000):
 
 
 def outlier_words(pipe, data, features, per_class, n, generator):
-    """Unit features of the training images [N, D] -> (tensors of outliers.pt, words [n, E]).
+    """Unit features of training images [N, D] -> (tensors of outliers.pt, words [n, E], [n, E]).
 
-    The words are boundary outliers, n drawn from all, each as long as the word of its class.
+    The words are n of the boundary outliers, and the features nearest to them, each as long as the
+    word of its class.
     """
     labels = data.splits["train"][1].to(features.device)
     words = class_words(pipe, data.classes).to(features.device)  # [C, E]
     if features.shape[1] != words.shape[1]:
-        features = features @ align(features, labels, words, generator)  # [N, E]
+        features = F.normalize(features @ align(features, labels, words, generator), dim=1)
     boundary, classes = boundary_outliers(features, labels, per_class, generator)
     chosen = torch.randint(len(boundary), (n,), generator=generator, device=boundary.device)
     outliers = {"boundary": boundary, "boundary_labels": classes, "latent_labels": classes[chosen]}
-    return outliers, boundary[chosen] * words.norm(dim=1)[classes[chosen], None]
+    length, boundary = words.norm(dim=1)[classes[chosen], None], boundary[chosen]
+    return outliers, length * boundary, length * nearest_features(boundary, features)
 
 
 @torch.no_grad()
@@ -388,20 +393,22 @@ def ridge_regression(x, y):
     return weight.float(), (y_mean - x_mean @ weight).float()
 
 
-def sd_codes(pipe, net, data, words, seed, batch=4):
-    """Words [n, E] -> (tensors of outliers.pt, raw latents [n, 4, 64, 64]).
+def sd_codes(pipe, net, data, words, inlier_words, seed, batch=4):
+    """Words [n, E] of outliers and inliers -> (tensors of outliers.pt, raw latents [n, 4, 64, 64]).
 
-    latent [n, L] are codes, by a linear map from raw latents at the maps' size, fitted to ID
-    images; released [n, 64] is what the released trainer makes of raw latents.
+    latent and inlier [n, L] are codes, by a linear map from raw latents at the maps' size, fitted
+    to ID images; released [n, 64] is what the released trainer makes of raw latents.
     """
     raw = sd_latents(pipe, words, seed, batch)
+    raw_inlier = sd_latents(pipe, inlier_words, seed, batch)  # of the same noise
     some, maps, codec = codec_of(net, data)
     codes, size = encode(maps, codec).cpu(), maps.shape[2:]
     own = F.adaptive_avg_pool2d(vae_encode(pipe, some, batch), size).flatten(1)  # [N, 4 H W]
     weight, offset = ridge_regression(own, codes)
-    latent = F.adaptive_avg_pool2d(raw, size).flatten(1) @ weight + offset
-    return {"latent": latent, "released": raw.mean(1).mean(1), "network": network_id(net),
-            **codec}, raw
+    latent, inlier = (F.adaptive_avg_pool2d(one, size).flatten(1) @ weight + offset
+                      for one in (raw, raw_inlier))
+    return {"latent": latent, "inlier": inlier, "released": raw.mean(1).mean(1),
+            "network": network_id(net), **codec}, raw
 
 
 # --- The whole stage: a trained network and its training images -> outliers.pt.
@@ -409,9 +416,9 @@ def sd_codes(pipe, net, data, words, seed, batch=4):
 def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
     """A trained network and its ImageSet -> the tensors of outliers.pt.
 
-    Latent i is drawn under boundary[i]. The diffusion model takes diffusion_steps, or 20 passes
-    over the images if fewer: beyond, it learns them by heart. A teacher's features take the place
-    of the network's.
+    Latent i is drawn under boundary[i], inlier i under the feature nearest to it, of the same
+    noise. The diffusion model takes diffusion_steps, or 20 passes over the images if fewer: beyond,
+    it learns them by heart. A teacher's features take the place of the network's.
     """
     images, labels = data.splits["train"]
     _, _, codec = codec_of(net, data)
@@ -421,9 +428,13 @@ def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
     labels = labels.to(features.device)
     boundary, classes = boundary_outliers(features, labels, per_class, generator)
     steps = max(1, min(diffusion_steps, 20 * len(images) // BATCH))
-    latent = draw_latents(train_diffusion(latents, features, steps, generator), boundary, generator)
+    denoiser = train_diffusion(latents, features, steps, generator)
+    shape = len(boundary), latents.shape[1]
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    latent, inlier = (draw_latents(denoiser, conds, noise)
+                      for conds in (boundary, nearest_features(boundary, features)))
     print(f"synthesize: {len(latent)} latents of {latent.shape[1]} numbers", flush=True)
-    return {"boundary": boundary, "boundary_labels": classes, "latent": latent,
+    return {"boundary": boundary, "boundary_labels": classes, "latent": latent, "inlier": inlier,
             "latent_labels": classes, "network": network_id(net), **codec}
 
 
@@ -436,6 +447,7 @@ def read_outliers(path, net, size):
                  for name, value in found.items()}
         sets = [found["boundary"], found["latent"], found.get("released", found["latent"])]
         fits = (all(one.dim() == 2 and one.numel() and one.is_floating_point() for one in sets)
+                and found["latent"].shape == found["inlier"].shape
                 and found["basis"].shape == (found["latent"].shape[1], shape)
                 and found["mean"].shape == (shape,) and found["scale"].dim() == 0
                 and all(value.isfinite().all() for value in found.values()))
@@ -498,8 +510,8 @@ def main():
     g = torch.Generator(args.device).manual_seed(10 * args.seed + 2)  # train.py's
     if pipe:
         features = unit_features(teacher or net, data)
-        outliers, words = outlier_words(pipe, data, features, args.per_class, args.sd_latents, g)
-        codes, raw = sd_codes(pipe, net, data, words, g.initial_seed(), args.sd_batch)
+        outliers, *words = outlier_words(pipe, data, features, args.per_class, args.sd_latents, g)
+        codes, raw = sd_codes(pipe, net, data, *words, g.initial_seed(), args.sd_batch)
         outliers |= codes
     else:
         outliers = synthesize(net, data, args.per_class, args.diffusion_steps, g, teacher)

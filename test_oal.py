@@ -37,7 +37,7 @@ import train
 from evaluate import detection_metrics, load_set, read_classes, read_folder, to_tensor
 from losses import CLUB, MICL, VOS, distill, distill_maps
 from models import load_network, normalize, predict
-from synthesize import boundary_outliers, decode, draw_latents, encode, fit_codec, kth_distance, outlier_maps
+from synthesize import boundary_outliers, draw_latents, encode, fit_codec, kth_distance, outlier_maps
 
 HERE, LISTS = Path(__file__).resolve().parent, Path("data/benchmark_imglist/cifar100")
 parametrize = pytest.mark.parametrize
@@ -715,11 +715,16 @@ def test_sigma_means_the_same_at_every_dimension(dim):
 # --- Latents and diffusion.
 
 
+def decoded(codes, codec, shape):
+    """Codes [B, L] -> maps [B, C, H, W]."""
+    return (codes * codec["scale"] @ codec["basis"] + codec["mean"]).unflatten(1, shape)
+
+
 def test_codec_is_the_best_linear_one(monkeypatch):
     monkeypatch.setattr(synthesize, "CODE", 5)
     maps = randn(30, 2, 4, 4, seed=2)
     codec = fit_codec(maps)
-    error = (decode(encode(maps, codec), codec, (2, 4, 4)) - maps).square().sum()
+    error = (decoded(encode(maps, codec), codec, (2, 4, 4)) - maps).square().sum()
     singular = torch.linalg.svdvals(maps.flatten(1) - maps.flatten(1).mean(0))
     assert abs(error / singular[5:].square().sum() - 1) < 1e-4
 
@@ -741,7 +746,7 @@ def test_duplicates_give_no_null_directions():
     assert allclose(codec["basis"] @ codec["basis"].T, torch.eye(9), atol=1e-4)
     codes = encode(copies, codec)
     assert abs(codes.square().mean() - 1) < 1e-3
-    assert allclose(decode(codes, codec, (8, 8, 8)), copies, atol=1e-3)
+    assert allclose(decoded(codes, codec, (8, 8, 8)), copies, atol=1e-3)
 
 
 @parametrize("factor", [0, 1])
@@ -775,9 +780,8 @@ def test_latents_of_a_gaussian_in_closed_form():
     mean, variance = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.05, 1.0, 4.0])
     net, conds = synthesize.Denoiser(mean, variance, 2, width=8), randn(1500, 2, seed=1)
     for steps, within in ((1, 9.0), (20, 0.05), (200, 0.002)):
-        drawn = draw_latents(net, conds, rng(2), steps=steps)
-        g = rng(2)
-        noise = torch.cat([torch.randn(n, 3, generator=g) for n in (1024, 476)])
+        noise = randn(1500, 3, seed=2)
+        drawn = draw_latents(net, conds, noise, steps=steps)
         means, stds = torch.tensor([drawn_gaussian(*pair, steps) for pair in zip(mean.tolist(), variance.tolist())]).T
         assert allclose(drawn, means + stds * noise, atol=1e-3)
         assert allclose(stds, variance.sqrt(), rtol=within) and allclose(means, mean, rtol=within)
@@ -802,10 +806,24 @@ def test_diffusion_learns_a_gaussian(one_thread, monkeypatch):
     net = synthesize.train_diffusion(latents, conds, 600, g, width=64)
     for cond in ([0.6, -0.8], [-1.0, 0.0]):
         cond = torch.tensor(cond)
-        drawn = draw_latents(net, cond.expand(1000, 2), rng(1))
+        drawn = draw_latents(net, cond.expand(1000, 2), randn(1000, 3, seed=1))
         assert (drawn.mean(0) - a @ cond).abs().max() < 0.25
         assert (drawn.std(0) - 0.5).abs().max() < 0.2
-    assert drawn.equal(draw_latents(net, cond.expand(1000, 2), rng(1)))
+
+
+def test_a_latent_and_its_inlier_are_of_one_noise(monkeypatch):
+    """The one under a boundary outlier, the other under the ID feature nearest to it, of whatever class."""
+    net, data, drawn = tiny_net(), image_set(random_images(24), torch.arange(24) % 8), []
+    draw = synthesize.draw_latents
+    monkeypatch.setattr(synthesize, "draw_latents", lambda net, *words: drawn.append(words) or draw(net, *words))
+    found = synthesize.synthesize(net, data, 3, 2, rng())
+    (boundary, noise), (nearest, again) = drawn
+    features = synthesize.unit_features(net, data)
+    assert boundary.equal(found["boundary"]) and noise.equal(again) and noise.shape == found["latent"].shape
+    for outlier, feature in zip(boundary, nearest, strict=True):
+        distances = [(outlier - one).norm().item() for one in features]
+        assert feature.equal(features[distances.index(min(distances))])
+    assert found["inlier"].shape == found["latent"].shape and not found["inlier"].equal(found["latent"])
 
 
 # --- Stable Diffusion, by a pipeline of v1's shape with random weights.
@@ -993,14 +1011,18 @@ def test_stable_diffusion_from_the_command_line(one_thread, tiny, sd_folder, mon
            "--out", words)
     first, second = load("1.pt"), load("2.pt")
     assert first.keys() == second.keys() and all(first[key].equal(second[key]) for key in first)
-    assert batches == [3] * 4
+    assert batches == [3] * 6
 
-    words, raw = drawn[0]
+    (words, raw), (inlier_words, raw_inlier) = drawn[:2]
     assert first["boundary"].shape == (24, WORD) and first["latent"].dtype == torch.float32
     assert first["boundary_labels"].tolist() == sorted(3 * list(range(8)))
     pipe = synthesize.load_sd(str(sd_folder), "cpu")
     lengths = synthesize.class_words(pipe, evaluate.NAMED["shapes"][0]).norm(dim=1)[first["latent_labels"]]
-    assert allclose(words.norm(dim=1), lengths, rtol=1e-4)  # a class's own outlier, as long as its word
+    for some in (words, inlier_words):
+        assert allclose(some.norm(dim=1), lengths, rtol=1e-4)  # a class's own outlier, as long as its word
+    cosine = F.cosine_similarity(words, inlier_words)
+    assert 0.1 < cosine.min() and cosine.max() < 0.9999
+    assert not allclose(raw, raw_inlier, atol=0.1) and not first["latent"].equal(first["inlier"])
     nearest = (F.normalize(words, dim=1) @ first["boundary"].T).max(1)
     assert nearest[0].min() > 0.9999 and first["boundary_labels"][nearest[1]].equal(first["latent_labels"])
     assert first["released"].shape == (5, 8) and allclose(first["released"], raw.mean((1, 2)), atol=1e-6)
@@ -1011,7 +1033,7 @@ def test_stable_diffusion_from_the_command_line(one_thread, tiny, sd_folder, mon
     images, maps, codec = synthesize.codec_of(net.eval(), data)
     codes, own = encode(maps, codec), vae_encode(pipe, images)
     monkeypatch.setattr(synthesize, "sd_latents", lambda *given: own)
-    found, _ = synthesize.sd_codes(pipe, net, data, None, 0)
+    found, _ = synthesize.sd_codes(pipe, net, data, None, None, 0)
     x = F.interpolate(own, size=maps.shape[2:]).flatten(1)  # 8 x 8 -> 16 x 16: pixels repeated
     weight, offset = synthesize.ridge_regression(x, codes)
     assert found["latent"].shape == codes.shape and allclose(found["latent"], x @ weight + offset, atol=1e-3)
@@ -1025,7 +1047,7 @@ def test_features_as_wide_as_a_word_are_not_mapped(monkeypatch):
     monkeypatch.setattr(synthesize, "class_words", lambda *given: randn(8, 128))
     net, data = tiny_net(), image_set(random_images(24), torch.arange(24) % 8)
     features = synthesize.unit_features(net, data)
-    found, _ = synthesize.outlier_words(None, data, features, 3, 1, rng())
+    found, _, _ = synthesize.outlier_words(None, data, features, 3, 1, rng())
     assert allclose(found["boundary"], boundary_outliers(features, data.splits["train"][1], 3, rng())[0], atol=1e-5)
 
 
@@ -1562,9 +1584,10 @@ def test_the_best_epoch_survives_an_interruption(tiny, monkeypatch):
 @parametrize("wrong", [
     {"basis": torch.ones(4, 8192)}, {"mean": torch.ones(9)}, {"scale": torch.tensor(math.nan)}, {"boundary": None},
     {"latent": torch.ones(0, 5)}, {"latent": torch.ones(3, 5).long()}, {"boundary": torch.ones(3)},
+    {"inlier": torch.ones(2, 5)}, {"inlier": None},
     {"released": torch.ones(3)}, {"scale": torch.ones(2)}])
 def test_outlier_files_that_are_none(wrong, refused):
-    right = dict(boundary=torch.ones(3, 128), latent=torch.ones(3, 5), mean=torch.ones(8192),
+    right = dict(boundary=torch.ones(3, 128), latent=torch.ones(3, 5), inlier=torch.ones(3, 5), mean=torch.ones(8192),
                  basis=torch.ones(5, 8192), scale=torch.ones(()))
     net = tiny_net()
     torch.save(right, "file")
@@ -1589,7 +1612,7 @@ def test_a_step_of_the_student(monkeypatch):
     x, y = random_images(8), torch.arange(8)
     data = image_set(x, y)
     outliers = fit_codec(net.lower(normalize(x, data.mean, data.std)).detach())
-    outliers["latent"] = torch.randn(9, len(outliers["basis"]), generator=rng(1))
+    outliers["latent"], outliers["inlier"] = randn(2, 9, len(outliers["basis"]), seed=1)
     objective = train.student_objective(net, teacher, outliers, data, OAL_OPTIONS).eval()
     logits, features = predict(net, x, data.mean, data.std)
     start = MICL.start(logits, features).state_dict()
@@ -1623,27 +1646,24 @@ def test_a_step_of_the_student(monkeypatch):
 
 
 def test_outlier_maps():
-    """Each is a latent and its host's detail, both scaled at random."""
-    maps, n, draws = randn(40, 4, 16, 16), 32, torch.rand(32, 4, generator=rng(2))
-    outliers = {"latent": randn(9, 8, seed=1), **fit_codec(randn(9, 4, 16, 16, seed=3))}
+    """A host and the step from inlier to latent, 0 to 2 times, by a loop; what is below 0 becomes 0."""
+    maps, n, draws = randn(40, 4, 16, 16), 32, torch.rand(32, 3, generator=rng(2))
+    outliers = {"latent": randn(9, 8, seed=1), "inlier": randn(9, 8, seed=5), **fit_codec(randn(9, 4, 16, 16, seed=3))}
+    draws[:2] = torch.tensor([[0.0] * 3, [1 - 2 ** -24] * 3])  # the ends of 0..1
     drawn = outlier_maps(maps, outliers, draws)
-    codes, shape = encode(drawn, outliers), maps.shape[1:]
-    rest = lambda m: (m - decode(encode(m, outliers), outliers, shape)).flatten(1)
-    for parts, known in ((codes, outliers["latent"]), (rest(drawn), rest(maps))):
-        cosine, which = (F.normalize(parts) @ F.normalize(known).T).max(1)
-        ratio = parts.norm(dim=1) / known[which].norm(dim=1)  # times 0 to 2
-        assert parts.shape[0] == n and cosine.min() > 0.99 and len(which.unique()) > 4
-        assert 0 <= ratio.min() < 0.3 and 1.7 < ratio.max() <= 2.001 and len(ratio.unique()) == n
-    ends = outlier_maps(maps, outliers, torch.tensor([[0.0] * 4, [1 - 2 ** -24] * 4]))  # the ends of 0..1
-    assert allclose(encode(ends, outliers)[1], 2 * outliers["latent"][8], atol=1e-3)
-    host = {**outliers, "latent": encode(maps[:1], outliers)}  # its own code, no factor:
-    own = outlier_maps(maps, host, torch.tensor([[0, 0, 0.5, 0.5]]))  # nothing changes
-    assert allclose(own, maps[:1], atol=1e-3)
+    for made, (chosen, host, strength) in zip(drawn, draws.tolist(), strict=True):
+        i, expected = int(9 * chosen), maps[int(40 * host)].clone()
+        for before, after, direction in zip(outliers["inlier"][i], outliers["latent"][i], outliers["basis"]):
+            expected += 2 * strength * (after - before) * outliers["scale"] * direction.view(4, 16, 16)
+        assert allclose(made, expected.clamp_min(0), atol=1e-4) and 300 < (made == 0).sum() < 724
+    assert allclose(drawn[0], F.relu(maps[0])) and not allclose(drawn[1], F.relu(maps[39]), atol=0.1)
     noise = outlier_maps(maps, outliers, draws, rng(4))
     other = {**outliers, "latent": outliers["latent"] + 1}
     assert outlier_maps(maps, other, draws, rng(4)).equal(noise)  # noise knows no latents
     hosts = maps[(draws[:, 1] * 40).long()]
-    assert abs((noise - hosts).std() / hosts.std() - 1) < 0.05
+    assert noise.min() == 0 and abs((noise - hosts)[noise > 0].std() / hosts.std() - 1) < 0.4
+    above = outlier_maps(maps + 50, outliers, draws, rng(4)) - 50 - hosts  # far from 0 nothing is cut off
+    assert len(noise) == n and abs(above.std() / hosts.std() - 1) < 0.05
 
 
 def test_the_cuda_path_without_a_gpu(monkeypatch):
@@ -1686,7 +1706,7 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
         data = image_set(images, labels)
         data = data._replace(mean=data.mean.to(cuda), std=data.std.to(cuda))
         codec = {"mean": zeros(8192), "basis": zeros(5, 8192), "scale": zeros()}
-        outliers = {"latent": zeros(9, 5), "boundary": zeros(9, 128), **codec}
+        outliers = {"latent": zeros(9, 5), "inlier": zeros(9, 5), "boundary": zeros(9, 128), **codec}
         for words in (dict(), dict(train.RECIPES["released"], recipe="released"), dict(peer="vos")):
             for master in (teacher, wide, vit):
                 objective = train.student_objective(net, master, outliers, data, {**OAL_OPTIONS, **words})
@@ -1702,7 +1722,7 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
             torch.zeros(1).to(cuda)
         assert copies  # which the watch would have seen
         denoiser = synthesize.Denoiser(torch.zeros(5), torch.ones(5), 128).to(cuda)
-        assert draw_latents(denoiser, torch.zeros(6, 128), None).device.type == "cuda"
+        assert draw_latents(denoiser, zeros(6, 128), zeros(6, 5)).device.type == "cuda"
         maps, features = next(models.feature_batches(net, images, data.mean, data.std))
         assert maps.device.type == features.device.type == encode(maps, codec).device.type == "cuda"
         assert kth_distance(features, features, 3).device.type == "cuda"

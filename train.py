@@ -162,7 +162,7 @@ class OAL(nn.Module):
             if self.critic:
                 # Latents join the batch, a quarter as many as images: in a pass of their own the
                 # network would learn to tell them by their batch-norm statistics.
-                draws = torch.rand(processes() * max(1, n // 4), 4, generator=g, device=x.device)
+                draws = torch.rand(processes() * max(1, n // 4), 3, generator=g, device=x.device)
                 latents = synthesize.outlier_maps(maps, self.outliers, own_rows(draws),
                                                   g if self.noise else None)
                 maps = torch.cat([maps, latents.to(maps)])            # [B + M, C, S/R, S/R]
@@ -612,7 +612,8 @@ def benchmark(out, options, data, net, teacher):
     maps, _ = next(models.feature_batches(net, images[:steps * batch], data.mean, data.std))
     codec = synthesize.fit_codec(maps)
     outliers = {"boundary": torch.randn(200, net.fc.in_features, device=device),
-                "latent": torch.randn(200, len(codec["basis"]), device=device), **codec}
+                "latent": torch.randn(200, len(codec["basis"]), device=device),
+                "inlier": torch.randn(200, len(codec["basis"]), device=device), **codec}
     run = Run({**options, "epochs": 1}, 0, None, {"ce": 0.0, "oal": 0.0})
     ce, oal = CrossEntropy(net, data), student_objective(net, teacher, outliers, data, options)
     optimizer = torch.optim.SGD(net.parameters(), **SGD)
