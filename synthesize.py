@@ -8,7 +8,7 @@
    unit features. A latent is the code of a stage-2 feature map, between `lower` and `upper`.
 3. Of the same noise it draws two latents, one under a boundary outlier, one under the ID feature
    nearest to it. The step from the second to the first, added to the map of an ID image, makes an
-   outlier map. What both draws lack for real ones cancels.
+   outlier map. What the two draws have in common, such as how they were made, cancels.
 """
 import math
 from pathlib import Path
@@ -40,7 +40,8 @@ def kth_distance(queries, bank, k):
 
 def nearest_features(queries, features):
     """Unit vectors queries [Q, D] -> for each the nearest of the unit features [N, D]: [Q, D]."""
-    return features[torch.cat([(some @ features.T).argmax(1) for some in queries.split(500)])]
+    chunks = models.progress("chunks of nearest features", queries.split(500))
+    return features[torch.cat([(some @ features.T).argmax(1) for some in chunks])]
 
 
 @torch.no_grad()
@@ -138,7 +139,7 @@ def codec_of(net, data):
 
 
 def network_id(net):
-    """uint8 [32]: what outliers.pt keeps of the network whose maps its latents decode to."""
+    """uint8 [32]: what outliers.pt keeps of the network whose maps its latents are codes of."""
     return torch.frombuffer(bytearray.fromhex(evaluate.digest(net)), dtype=torch.uint8)
 
 
@@ -162,8 +163,7 @@ def outlier_maps(maps, outliers, draws, noise=None):
         index = (chosen * len(outliers["latent"])).long()
         codes = outliers["latent"][index] - outliers["inlier"][index]  # [M, L]
         codes = 2 * strength[:, None] * outliers["scale"] * codes
-        with torch.autocast(hosts.device.type, enabled=False):
-            step = (codes @ outliers["basis"]).unflatten(1, maps.shape[1:])
+        step = (codes @ outliers["basis"]).unflatten(1, maps.shape[1:])
     return F.relu(hosts + step)  # a real map has no value below 0
 
 
@@ -247,8 +247,8 @@ def draw_latents(net, conds, noise, steps=20):
     by the second-order Adams-Bashforth rule. DDIM (arXiv 2010.02502), of first order, loses 7 % of
     the latents' length in 20 steps.
     """
-    device, drawn = net.mean.device, []
-    for cond, z in zip(conds.to(device).split(1024), noise.to(device).split(1024)):
+    device, drawn = noise.device, []
+    for cond, z in zip(conds.split(1024), noise.split(1024), strict=True):
         before = None
         for time in torch.linspace(1, 0, steps + 1, device=device)[:-1]:
             with models.autocast(device):
@@ -315,10 +315,10 @@ def align(features, labels, words, generator, steps=1000):
 
 
 def outlier_words(pipe, data, features, per_class, n, generator):
-    """Unit features of training images [N, D] -> (tensors of outliers.pt, words [n, E], [n, E]).
+    """Unit features of training images [N, D] -> (tensors of outliers.pt, two words [n, E]).
 
-    The words are n of the boundary outliers, and the features nearest to them, each as long as the
-    word of its class.
+    The words are n of the boundary outliers, and the features nearest to these, both as long as the
+    word of the outlier's class.
     """
     labels = data.splits["train"][1].to(features.device)
     words = class_words(pipe, data.classes).to(features.device)  # [C, E]
@@ -328,7 +328,7 @@ def outlier_words(pipe, data, features, per_class, n, generator):
     chosen = torch.randint(len(boundary), (n,), generator=generator, device=boundary.device)
     outliers = {"boundary": boundary, "boundary_labels": classes, "latent_labels": classes[chosen]}
     length, boundary = words.norm(dim=1)[classes[chosen], None], boundary[chosen]
-    return outliers, length * boundary, length * nearest_features(boundary, features)
+    return outliers, (length * boundary, length * nearest_features(boundary, features))
 
 
 @torch.no_grad()
@@ -393,14 +393,13 @@ def ridge_regression(x, y):
     return weight.float(), (y_mean - x_mean @ weight).float()
 
 
-def sd_codes(pipe, net, data, words, inlier_words, seed, batch=4):
-    """Words [n, E] of outliers and inliers -> (tensors of outliers.pt, raw latents [n, 4, 64, 64]).
+def sd_codes(pipe, net, data, words, seed, batch=4):
+    """Two words [n, E] of outlier_words -> (tensors of outliers.pt, raw latents [n, 4, 64, 64]).
 
     latent and inlier [n, L] are codes, by a linear map from raw latents at the maps' size, fitted
     to ID images; released [n, 64] is what the released trainer makes of raw latents.
     """
-    raw = sd_latents(pipe, words, seed, batch)
-    raw_inlier = sd_latents(pipe, inlier_words, seed, batch)  # of the same noise
+    raw, raw_inlier = (sd_latents(pipe, some, seed, batch) for some in words)  # of the same noise
     some, maps, codec = codec_of(net, data)
     codes, size = encode(maps, codec).cpu(), maps.shape[2:]
     own = F.adaptive_avg_pool2d(vae_encode(pipe, some, batch), size).flatten(1)  # [N, 4 H W]
@@ -439,13 +438,14 @@ def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
 
 
 def read_outliers(path, net, size):
-    """A file outliers.pt -> its tensors; ends the program unless they fit the network."""
+    """A file outliers.pt -> its tensors on the device of net; ends the program unless they fit."""
     shape = net.eval().lower(torch.zeros(1, 3, size, size, device=net.fc.weight.device)).numel()
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location=net.fc.weight.device, weights_only=True)
         found = {name: value.float() if value.is_floating_point() else value
                  for name, value in found.items()}
-        sets = [found["boundary"], found["latent"], found.get("released", found["latent"])]
+        sets = [found["boundary"], found["latent"], found["inlier"],
+                found.get("released", found["latent"])]
         fits = (all(one.dim() == 2 and one.numel() and one.is_floating_point() for one in sets)
                 and found["latent"].shape == found["inlier"].shape
                 and found["basis"].shape == (found["latent"].shape[1], shape)
@@ -483,7 +483,8 @@ def main():
                         default="CompVis/stable-diffusion-v1-4")
     for name, default, what in (
             ("--per-class", 50, "outliers of a class"), ("--diffusion-steps", 1000, "of training"),
-            ("--sd-latents", 300, "latents of sd"), ("--sd-batch", 4, "of these at once")):
+            ("--sd-latents", 300, "latents of sd, and as many inliers"),
+            ("--sd-batch", 4, "of these at once")):
         parser.add_argument(name, type=evaluate.POSITIVE, default=default,
                             help=f"{what} (%(default)s)")
     parser.add_argument("--seed", type=evaluate.SEED, default=0)
@@ -510,8 +511,8 @@ def main():
     g = torch.Generator(args.device).manual_seed(10 * args.seed + 2)  # train.py's
     if pipe:
         features = unit_features(teacher or net, data)
-        outliers, *words = outlier_words(pipe, data, features, args.per_class, args.sd_latents, g)
-        codes, raw = sd_codes(pipe, net, data, *words, g.initial_seed(), args.sd_batch)
+        outliers, words = outlier_words(pipe, data, features, args.per_class, args.sd_latents, g)
+        codes, raw = sd_codes(pipe, net, data, words, g.initial_seed(), args.sd_batch)
         outliers |= codes
     else:
         outliers = synthesize(net, data, args.per_class, args.diffusion_steps, g, teacher)

@@ -96,7 +96,7 @@ def main():
     if needs_outliers(options):
         if not (run.out / "outliers.pt").exists():
             save_outliers(start, teacher, outliers, data, run)
-        outliers = torch.load(run.out / "outliers.pt", map_location=device, weights_only=True)
+        outliers = synthesize.read_outliers(run.out / "outliers.pt", start, args.size)
 
     # 4. The student, which starts as the start.
     student = models.to_device(build(options, len(data.classes)), device)
@@ -160,12 +160,12 @@ class OAL(nn.Module):
         with models.autocast(x.device):
             maps = self.net.lower(models.normalize(x, *self.scale))   # [B, C, S/R, S/R]
             if self.critic:
-                # Latents join the batch, a quarter as many as images: in a pass of their own the
+                # Outliers join the batch, a quarter as many as images: in a pass of their own the
                 # network would learn to tell them by their batch-norm statistics.
                 draws = torch.rand(processes() * max(1, n // 4), 3, generator=g, device=x.device)
-                latents = synthesize.outlier_maps(maps, self.outliers, own_rows(draws),
-                                                  g if self.noise else None)
-                maps = torch.cat([maps, latents.to(maps)])            # [B + M, C, S/R, S/R]
+                added = synthesize.outlier_maps(maps, self.outliers, own_rows(draws),
+                                                g if self.noise else None)
+                maps = torch.cat([maps, added.to(maps)])              # [B + M, C, S/R, S/R]
                 maps = maps.contiguous(memory_format=torch.channels_last)
             features, later = self.net.upper(maps, return_maps=True)  # [B + M, D]
             logits = self.net.classify(features)                      # [B + M, K]
