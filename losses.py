@@ -1,6 +1,6 @@
 """The terms of OAL's objective, and that of one peer. Each can be copied out alone.
 
-    oal:      cross-entropy + 4 KD(logits) + 16 KD(feature maps) + 1 MICL(latent outliers)
+    oal:      cross-entropy + 4 KD(logits) + 16 KD(feature maps) + 1 MICL(outlier maps)
     released: cross-entropy + 4 KD(logits) + 8 KD(features)
               + 0.1 CLUB(boundary outliers) + 0.2 CLUB(latent outliers)
 
@@ -112,7 +112,7 @@ class MICL(nn.Module):
         return (logits.amax(1) - logits.mean(1)) / distance.clamp_min(1e-12)
 
     def probability(self, ratio):
-        """Ratios [B] -> q(Z = 1|h) [B]: P(ID) where ID images and latents are equally likely."""
+        """Ratios [B] -> q(Z = 1|h) [B]: P(ID) where ID images and outliers are equally likely."""
         return (self.log_a.exp() * (ratio - self.tau)).sigmoid().detach()
 
     def forward(self, logits, features, is_id):

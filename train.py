@@ -134,7 +134,7 @@ class CrossEntropy(nn.Module):
 
 
 class OAL(nn.Module):
-    """Cross-entropy + w_kd KD(logits) + w_feat KD(maps) + w_latent MICL(latents).
+    """Cross-entropy + w_kd KD(logits) + w_feat KD(maps) + w_latent MICL(outlier maps).
 
     A teacher of another shape, such as a ViT, has its features projected and distilled, as
     released, in place of its maps.
@@ -618,7 +618,7 @@ def benchmark(out, options, data, net, teacher):
     ce, oal = CrossEntropy(net, data), student_objective(net, teacher, outliers, data, options)
     optimizer = torch.optim.SGD(net.parameters(), **SGD)
     x, y = models.normalize(images[:batch], data.mean, data.std), labels[:batch]
-    latents = maps[:batch // 4]
+    added = maps[:batch // 4]
 
     def bare(loss, backward=True, step=True):
         net.train()
@@ -634,7 +634,7 @@ def benchmark(out, options, data, net, teacher):
     parts = {
         "bare": lambda: bare(lambda: F.cross_entropy(net(x), y)),
         "teacher_forward": lambda: bare(lambda: teacher(x), backward=False, step=False),
-        "outliers": lambda: bare(lambda: net.classify(net.upper(latents)).mean(), step=False),
+        "outliers": lambda: bare(lambda: net.classify(net.upper(added)).mean(), step=False),
         "ce_step": lambda: train("ce", ce, data, run),
         "oal_step": lambda: train("oal", oal, data, run),
         "test_pass": lambda: models.predict(net, images[:steps * batch], data.mean, data.std)}
@@ -679,7 +679,7 @@ def parse_args():
                         help="released: that of the paper's code")
     parser.add_argument("--peer", choices=["vos"], help="train the student by this method instead")
     parser.add_argument("--outliers", default="diffusion", metavar="{diffusion,noise,FILE}",
-                        help="noise in place of latents; or an outliers.pt made from the same --ce")
+                        help="noise in place of drawn steps; or an outliers.pt of the same --ce")
     for name in RECIPES["oal"]:
         parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.FINITE,
                             help="weight of the term; 0 leaves it out")
