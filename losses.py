@@ -2,7 +2,7 @@
 
     oal:      cross-entropy + 4 KD(logits) + 16 KD(feature maps) + 1 MICL(outlier maps)
     released: cross-entropy + 4 KD(logits) + 8 KD(features)
-              + 0.1 CLUB(boundary outliers) + 0.2 CLUB(latent outliers)
+              + 0.1 CLUB(boundary outliers) + 0.2 CLUB(latents)
 
 The sums stand in train.py, classes `OAL` and `Released`. Paper: Gao et al., arXiv 2406.16525.
 """

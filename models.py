@@ -5,7 +5,7 @@
 For images of 224 each has the stem and the names of torchvision's ResNet.
 
 A classifier has two halves: `lower` gives the feature map of stage 2, `upper` the features. OAL's
-latents are such maps: they enter between the halves, never as images.
+outliers are such maps: they enter between the halves, never as images.
 """
 import math
 import os

@@ -1,14 +1,14 @@
-"""Outliers: boundary features, and latents that a diffusion model draws under them.
+"""Outliers: maps of ID images, moved by a step between two latents of a diffusion model.
 
     python synthesize.py runs/cifar100/ce.pt --dataset cifar100 --data-root DIR --out outliers.pt
 
 1. Per class, the training features farthest from their class by k-nearest-neighbour distance, and
    around them the Gaussian draws farther still: boundary outliers (the paper's section 3.2).
-2. A latent diffusion model, trained here in a minute, learns the latents of ID images given their
-   unit features. A latent is the code of a stage-2 feature map, between `lower` and `upper`.
-3. Of the same noise it draws two latents, one under a boundary outlier, one under the ID feature
-   nearest to it. The step from the second to the first, added to the map of an ID image, makes an
-   outlier map. What the two draws have in common, such as how they were made, cancels.
+2. A latent is the code of a stage-2 feature map, between `lower` and `upper`. A diffusion model,
+   trained here in a minute, learns the latents of ID images given their unit features.
+3. From one noise it draws a latent under a boundary outlier, and its inlier, under the ID feature
+   nearest to that outlier. The map of an ID image plus the step from inlier to latent is an outlier
+   map. What the generator adds to both draws cancels in the step.
 """
 import math
 from pathlib import Path
@@ -126,7 +126,7 @@ def fit_codec(maps):
 
 
 def codec_of(net, data):
-    """-> (2,000 of the training images, their maps, the codec fitted to these)."""
+    """-> (up to 2,000 of the training images, their maps, the codec fitted to these)."""
     images, _ = data.splits["train"]
     spread = torch.linspace(0, len(images) - 1, min(2000, len(images))).long()  # lists are sorted
     some = images[spread.to(images.device)]
@@ -139,7 +139,7 @@ def codec_of(net, data):
 
 
 def network_id(net):
-    """uint8 [32]: what outliers.pt keeps of the network whose maps its latents are codes of."""
+    """SHA-256 of the weights, uint8 [32]: outliers.pt names its network by it."""
     return torch.frombuffer(bytearray.fromhex(evaluate.digest(net)), dtype=torch.uint8)
 
 
@@ -152,8 +152,9 @@ def outlier_maps(maps, outliers, draws, noise=None):
     """Maps of ID images [B, C, H, W], tensors of outliers.pt -> outlier maps [M, C, H, W].
 
     draws [M, 3] in 0..1: which latent, which host map, and half the factor of the step from the
-    latent's inlier to the latent, which is added to the host. With a generator `noise`, the row to
-    beat: Gaussian noise as strong as the host is added; outliers are not used.
+    latent's inlier to the latent. An outlier is host + factor * step, then a ReLU. With a generator
+    `noise`, a control: in place of the scaled step, Gaussian noise of the hosts' standard
+    deviation; outliers are not used.
     """
     chosen, host, strength = draws.T
     hosts = maps.detach()[(host * len(maps)).long()].float()  # [M, C, H, W]
@@ -172,8 +173,8 @@ def outlier_maps(maps, outliers, draws, noise=None):
 class Denoiser(nn.Module):
     """Noised latents [B, L], time [B] in 0..1, condition [B, D] -> predicted velocity [B, L].
 
-    The velocity of a Gaussian with the latents' means and variances, in closed form, plus a
-    residual MLP whose four blocks time and condition shift and scale.
+    The velocity that is exact for a Gaussian with the latents' means and variances, plus a residual
+    MLP; time and condition shift and scale its four blocks.
     """
 
     def __init__(self, mean, variance, cond_dim, width=512):
@@ -415,9 +416,9 @@ def sd_codes(pipe, net, data, words, seed, batch=4):
 def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
     """A trained network and its ImageSet -> the tensors of outliers.pt.
 
-    Latent i is drawn under boundary[i], inlier i under the feature nearest to it, of the same
-    noise. The diffusion model takes diffusion_steps, or 20 passes over the images if fewer: beyond,
-    it learns them by heart. A teacher's features take the place of the network's.
+    latent[i] is drawn under boundary[i], inlier[i] from the same noise under the training feature
+    nearest to boundary[i]. The diffusion model takes diffusion_steps, or 20 passes over the images
+    if fewer: beyond, it learns them by heart. A teacher's features take the place of the network's.
     """
     images, labels = data.splits["train"]
     _, _, codec = codec_of(net, data)
@@ -482,7 +483,8 @@ def main():
     parser.add_argument("--sd-model", metavar="FOLDER_OR_NAME", help="of the Hugging Face hub",
                         default="CompVis/stable-diffusion-v1-4")
     for name, default, what in (
-            ("--per-class", 50, "outliers of a class"), ("--diffusion-steps", 1000, "of training"),
+            ("--per-class", 50, "boundary outliers of a class"),
+            ("--diffusion-steps", 1000, "of training"),
             ("--sd-latents", 300, "latents of sd, and as many inliers"),
             ("--sd-batch", 4, "of these at once")):
         parser.add_argument(name, type=evaluate.POSITIVE, default=default,

@@ -37,7 +37,7 @@ from models import fail
 # OpenOOD v1.5's recipe for CIFAR; the rate is for a batch of 128 and is scaled with the batch.
 SGD = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 # Per arch: epochs of the three stages; the student's rate; batch; padding of the random crop;
-# outliers per class; steps of the diffusion model, at most.
+# boundary outliers per class; steps of the diffusion model, at most.
 TIERS = {
     "resnet18": dict(ce_epochs=100, teacher_epochs=100, oal_epochs=100, oal_lr=0.005, batch=128,
                      crop=4, per_class=500, diffusion_steps=4000),
@@ -92,7 +92,7 @@ def main():
             save_network("teacher", teacher, data, run)
         load_weights(teacher, run.out / "teacher.pt")
 
-    # 3. Outliers, from the features of the start, or of the ViT.
+    # 3. Outliers, from the maps of the start and its features, or those of the ViT.
     if needs_outliers(options):
         if not (run.out / "outliers.pt").exists():
             save_outliers(start, teacher, outliers, data, run)
@@ -158,14 +158,14 @@ class OAL(nn.Module):
     def forward(self, x, y, g):
         n = len(y)
         with models.autocast(x.device):
-            maps = self.net.lower(models.normalize(x, *self.scale))   # [B, C, S/R, S/R]
+            maps = self.net.lower(models.normalize(x, *self.scale))   # [B, 2W, S/R, S/R]
             if self.critic:
                 # Outliers join the batch, a quarter as many as images: in a pass of their own the
                 # network would learn to tell them by their batch-norm statistics.
                 draws = torch.rand(processes() * max(1, n // 4), 3, generator=g, device=x.device)
                 added = synthesize.outlier_maps(maps, self.outliers, own_rows(draws),
                                                 g if self.noise else None)
-                maps = torch.cat([maps, added.to(maps)])              # [B + M, C, S/R, S/R]
+                maps = torch.cat([maps, added.to(maps)])              # [B + M, 2W, S/R, S/R]
                 maps = maps.contiguous(memory_format=torch.channels_last)
             features, later = self.net.upper(maps, return_maps=True)  # [B + M, D]
             logits = self.net.classify(features)                      # [B + M, K]
@@ -190,7 +190,7 @@ class Released(nn.Module):
     """The losses of the paper's code (HengGao12/OAL, openood/trainers/oal_trainer.py), in float32.
 
     Outliers are drawn without regard to the images, so that both CLUBs have expectation zero
-    (README, 'Audit'). One optimiser minimises the bound over q and the network together. The second
+    (README, 'Audit'). One optimiser lowers them over q and the network together. The second
     CLUB has a deeper mean net (openood/losses/deep_mi_loss.py).
     """
 
