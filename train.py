@@ -92,7 +92,7 @@ def main():
             save_network("teacher", teacher, data, run)
         load_weights(teacher, run.out / "teacher.pt")
 
-    # 3. Outliers, from the maps of the start and its features, or those of the ViT.
+    # 3. Outliers, from the start's maps and features, or from its maps and the ViT's features.
     if needs_outliers(options):
         if not (run.out / "outliers.pt").exists():
             save_outliers(start, teacher, outliers, data, run)
