@@ -1668,8 +1668,8 @@ def test_outlier_maps():
     assert outlier_maps(maps, other, draws, rng(4)).equal(noise)  # noise knows no latents
     hosts = maps[(draws[:, 1] * 40).long()]
     assert noise.min() == 0
-    above = outlier_maps(maps + 50, outliers, draws, rng(4)) - 50 - hosts  # far from 0 nothing is cut off
-    assert len(noise) == n and abs(above.std() / hosts.std() - 1) < 0.05
+    above = outlier_maps(3 * maps + 50, outliers, draws, rng(4)) - 50 - 3 * hosts  # far from 0 nothing is cut off
+    assert len(noise) == n and abs(above.std() / hosts.std() - 3) < 0.15
 
 
 def test_the_cuda_path_without_a_gpu(monkeypatch):
