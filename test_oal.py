@@ -1925,6 +1925,10 @@ def test_a_folder_belongs_to_one_run(tiny, monkeypatch, refused):
             patch.setattr(evaluate, "load_set", altered)
             assert "other training images: resume" in says("--resume --w-kd 1e300")
     assert "not finite at oal step 1" in says("--resume --w-kd 1e300")
+    older = load("a/outliers.pt")
+    del older["inlier"]  # as an older program left it
+    torch.save(older, "a/outliers.pt")
+    assert "a/outliers.pt does not hold outliers" in says("--resume --w-kd 1e300")
 
     monkeypatch.setattr(evaluate, "write", full_disk)  # a disk with room for a name alone
     with pytest.raises(OSError):
