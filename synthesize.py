@@ -440,9 +440,10 @@ def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
 
 def read_outliers(path, net, size):
     """A file outliers.pt -> its tensors on the device of net; ends the program unless they fit."""
-    shape = net.eval().lower(torch.zeros(1, 3, size, size, device=net.fc.weight.device)).numel()
+    device = net.fc.weight.device
+    shape = net.eval().lower(torch.zeros(1, 3, size, size, device=device)).numel()
     try:
-        found = torch.load(path, map_location=net.fc.weight.device, weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
         found = {name: value.float() if value.is_floating_point() else value
                  for name, value in found.items()}
         sets = [found["boundary"], found["latent"], found["inlier"],
@@ -456,7 +457,7 @@ def read_outliers(path, net, size):
         fits = False
     if not fits:
         fail(f"{path} does not hold outliers made from a network of this shape: name another file")
-    return found
+    return {name: value.to(device) for name, value in found.items()}
 
 
 def nearest_images(outliers, features, data):

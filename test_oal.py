@@ -1599,6 +1599,8 @@ def test_outlier_files_that_are_none(wrong, refused):
     net = tiny_net()
     torch.save(right, "file")
     assert synthesize.read_outliers("file", net, 32).keys() == right.keys()
+    on_device = synthesize.read_outliers("file", tiny_net().to("meta"), 32)  # as on any device but the CPU
+    assert {value.device.type for value in on_device.values()} == {"meta"}
     torch.save({name: value for name, value in {**right, **wrong}.items() if value is not None}, "file")
     assert "file does not hold outliers" in refused(synthesize.read_outliers, "file", net, 32)
 
