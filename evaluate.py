@@ -90,7 +90,7 @@ def run(main):
         no_memory = "MemoryError|(allocate|out of) memory|ALLOC_FAILED|bad_alloc|start new thread"
         if not re.search(no_memory, repr(problem)):
             raise
-        fail("no memory left: take a smaller --size or another --device, and go on with --resume")
+        fail("no memory left: take a smaller --size or another --device, and another --out")
 
 
 def write(path, content):
@@ -135,7 +135,9 @@ class ImageSet(NamedTuple):
 
 
 def to_tensor(image, size=SIZE):
-    """PIL image of any size and mode -> uint8 [3, size, size] by OpenOOD's test transform."""
+    """PIL image of up to 16 bits -> uint8 [3, size, size] by OpenOOD's test transform."""
+    if image.mode == "F" or image.mode == "I" and np.max(image) > 65535:
+        raise ValueError("32 bits a pixel: save it with 8 or 16")
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     image, sides = image.convert("RGB"), np.array(image.size)
@@ -236,7 +238,7 @@ def from_torchvision(dataset, split, root, size):
 
 
 def load_set(dataset, data_root="data", size=SIZE, wanted=None, ood=()):
-    """A key of NAMED, or a folder of classes; folders of OOD images -> an ImageSet.
+    """An ID set, a key of NAMED or a folder of classes, and folders of OOD images -> an ImageSet.
 
     wanted: the splits to read of a named set (all). A missing OOD set is left out.
     """
@@ -277,19 +279,22 @@ def read_folder(folder, size=SIZE):
 
     Links are followed. Folders that begin with '.' or '@' (copies, thumbnails) are left out.
     """
-    files, bad, left_out, visited = [], {}, [], set()
+    files, bad, left_out, visited, roots = [], {}, [], set(), [folder]
 
     def locked(problem):
         bad[problem.filename] = "a folder that cannot be listed"
 
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=locked):
-        if os.path.realpath(here) in visited:  # a link to a folder that was read
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(here))
-        files += [os.path.join(here, name) for name in names]
-        left_out += [name for name in folders if name[0] in ".@"]
-        folders[:] = sorted(name for name in folders if name[0] not in ".@")
+    for root in roots:  # links come last: a link from class to class brings no images
+        for here, folders, names in os.walk(root, onerror=locked):
+            if os.path.realpath(here) in visited:
+                folders.clear()
+                continue
+            visited.add(os.path.realpath(here))
+            files += [os.path.join(here, name) for name in names]
+            left_out += [name for name in folders if name[0] in ".@"]
+            folders[:] = sorted(name for name in folders if name[0] not in ".@")
+            inside = [os.path.join(here, name) for name in folders]
+            roots += [path for path in inside if os.path.islink(path)]
     endings = datasets.folder.IMG_EXTENSIONS
     paths = sorted(path for path in files if path.lower().endswith(endings))
     images, unreadable = decode(paths, size)
@@ -324,13 +329,16 @@ def read_classes(folder, size=SIZE):
     for name in ("validation", "valid", "val", "test", "train"):
         if not (root / name).is_dir():
             continue
+        split = "val" if name.startswith("val") else name
+        if split in splits:
+            fail(f"{root} has two of val/, valid/ and validation/: keep one")
         images, paths, _ = read_folder(root / name, size)
         names = [composed(os.path.relpath(path, root)) for path in paths]
         labels = [Path(name).parts[1] for name in names]
         for label in set(labels) - set(classes):
             fail(f"{root / name / label} is no class of {train}: move it away, or add the class")
         labels = torch.tensor([classes.index(label) for label in labels])
-        splits["val" if name.startswith("val") else name] = images, labels
+        splits[split] = images, labels
 
     # The last folder was train/: an absent split takes its share of it.
     absent = [split for split in ("val", "test") if split not in splits]
@@ -572,16 +580,17 @@ def table_rows(runs):
     for number, run in enumerate(runs):
         seed = run.get("seed", f"run {number}")
         for name, entry in run["models"].items():
-            label = run.get("label", name)  # evaluate.py's results have none
-            if name == "ce" and "label" in run:
+            label, minutes = run.get("label", name), run["seconds"].get(name, 0) / 60
+            if name == "ce" and "label" in run:  # evaluate.py's results have no label
                 known = rows.get("start", {}).get(seed)
                 if known and known[0]["id_acc"] == entry["id_acc"]:  # the same, given by --ce
+                    rows["start"][seed] = known[0], max(known[1], minutes)
                     continue
                 label = f"start of {label}" if known else "start"
             row = rows.setdefault(label, {})
             if seed in row:
                 fail(f"two runs are seed {seed} of {label}: leave one out")
-            row[seed] = entry, run["seconds"].get(name, 0) / 60
+            row[seed] = entry, minutes
     return rows
 
 
@@ -705,6 +714,8 @@ class Detector:
         vars(self).update(content, net=net)
 
     def __call__(self, images):
+        if images.dtype != torch.uint8 or images.shape[1:-2] != (3,):
+            raise ValueError(f"images must be uint8 [N, 3, {self.size}, {self.size}]")
         logits, features = models.predict(self.net, images, self.image_mean, self.image_std)
         critic = losses.MICL(self.mean, self.a, self.tau)
         score = critic.score(logits, features)
@@ -767,7 +778,10 @@ def open_network(path, content, classes, size, device):
 
 
 def load_detector(path, device="cpu"):
-    """A file of weights NAME.pt with NAME.detector.pt beside it -> a Detector; no images needed."""
+    """A file of weights NAME.pt with NAME.detector.pt beside it -> a Detector; no images needed.
+
+    SystemExit, after a line on stderr, where a file is missing, damaged or another run's.
+    """
     content = read_detector(path)
     if not content:
         fail(f"no {beside(path)}: name the ID set of {path} by --dataset")
@@ -785,6 +799,13 @@ def number(kind, low, high):
         return kind(text)
     read.__name__ = f"{'whole' if kind is int else 'finite'} number from {low} to {high}:"
     return read
+
+
+def folder(text):
+    """An argparse type."""
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"no folder '{text}': name one of images")
+    return text
 
 
 POSITIVE, SEED = number(int, 1, 10 ** 9), number(int, 0, 10 ** 17)
@@ -829,9 +850,10 @@ def main():
     parser = common_parser(__doc__)
     parser.add_argument("checkpoints", nargs="*", help="files of weights, each a row of the result")
     parser.add_argument("--score", choices=[*SCORES, "all"], default="all")
-    parser.add_argument("--ood", nargs="+", action="extend", default=[], metavar="FOLDER",
+    parser.add_argument("--ood", nargs="+", action="extend", default=[], type=folder,
+                        metavar="FOLDER",
                         help="folders of your own OOD images")
-    parser.add_argument("--flag", metavar="FOLDER",
+    parser.add_argument("--flag", type=folder, metavar="FOLDER",
                         help="print class, micl, verdict and P(ID) of each image of the folder, by "
                         "NAME.detector.pt, else by the images of --dataset")
     parser.add_argument("--plot", metavar="FILE.png", help="histograms (ebo and micl for all)")

@@ -53,8 +53,8 @@ def boundary_outliers(features, labels, per_class=100, generator=None, k_fractio
     the farthest k-th neighbour (k = k_fraction of the class) are its boundary. Around each in turn
     the `keep` farthest of `draws` samples of N(0, s^2 I), renormalised, are kept. NPOS: 2303.02966.
 
-    s = sigma sqrt(768 / D): the cosine of a sample to its boundary point, about
-    1 / sqrt(1 + s^2 D), is that of the released teacher, D = 768, at any D.
+    s = sigma sqrt(768 / D): at every D, the cosine of a sample to its boundary point, about
+    1 / sqrt(1 + s^2 D), is what sigma makes it at the width of the released teacher, 768.
     ValueError if a class has one image, which has no neighbour, or a feature is not finite.
     """
     if not features.isfinite().all():
@@ -104,7 +104,7 @@ def gaussian_outliers(features, labels, per_class, generator):
 
 # --- Latents: codes of stage-2 maps.
 
-CODE = 256   # numbers per latent
+CODE = 256   # numbers per latent, at most
 BATCH = 256  # images per step of training
 
 
@@ -334,7 +334,7 @@ def outlier_words(pipe, data, features, per_class, n, generator):
 
 @torch.no_grad()
 def prompt_states(pipe, words):
-    """Words [B, E] -> the text encoder's states [B, 77, E] of SD_PROMPT, each for its last word."""
+    """Words [B, E] -> the text encoder's states [B, 77, E] of SD_PROMPT, with each as last word."""
     ids = pipe.tokenizer(SD_PROMPT, padding="max_length", return_tensors="pt").input_ids  # [1, 77]
     place = torch.tensor(len(pipe.tokenizer(SD_PROMPT).input_ids) - 2, device=pipe.device)
 

@@ -10,6 +10,7 @@ import copy
 import csv
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -284,6 +286,8 @@ def cut_jpeg(path):
     (lambda d: (d / "loop").symlink_to(d), (1, 0, 0)), (lambda d: (d / "up").symlink_to(d.parent), (3, 0, 0)),
     (lambda d: [(d / "linked").symlink_to(d.parent / "else"), (d.parent / "else" / "back").symlink_to(d)], (3, 0, 0)),
     (lambda d: [save_png(d / name) for name in ("folder.png/x.png", "deep/er/x.PNG")], (3, 0, 0)),
+    (lambda d: [Image.fromarray(np.full((8, 8), value, kind)).save(d / f"{value}.tif") for value, kind in
+                ((0.5, np.float32), (70000, np.int32), (40000, np.int32))], (2, 2, 0)),
     (lambda d: (d / "empty").mkdir(), (1, 0, 0)), (lambda d: save_png(d / "locked" / "x.png"), (1, 1, 0)),
     (lambda d: [save_png(d / name / "x.png") for name in (".hidden", "@eaDir/y.png", "a@b.c")], (2, 0, 0, 2)),
     (lambda d: (d / "@linked").symlink_to(d.parent / "else"), (1, 0, 0, 1))])
@@ -497,12 +501,21 @@ def test_accents_of_every_system_are_one_class():
     ({"train_a": 9, "train_b": 9, "val_A": 2}, lambda d: None, "val/A is no class"),
     ({"train_a": 9, "train_b": 9}, lambda d: save_png(d / "train" / "x.png"), "train/x.png is no class"),
     ({"train_a": 9, "train_b": 9}, lambda d: (d / "test").mkdir(), "test holds no image"),
+    ({"train_a": 9, "train_b": 9, "val_a": 1, "valid_b": 1}, lambda d: None, "keep one"),
     ({"train_a": 3, "train_b": 3}, lambda d: None, "no val/"),
     ({"train_a": 3, "train_b": 3, "val_a": 1}, lambda d: None, "no test/")])
 def test_a_folder_that_is_no_id_set_is_an_error(counts, damage, says, refused):
     root = draw_classes("photos", **counts)
     damage(root)
     assert says in refused(read_classes, root, alone=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no links")
+def test_a_link_from_class_to_class_brings_no_images():
+    root = draw_classes("photos", train_a=5, train_b=8)
+    (root / "train" / "a" / "more").symlink_to(root.resolve() / "train" / "b")
+    splits = read_classes(root).splits
+    assert sum(labels.bincount(minlength=2) for _, labels in splits.values()).tolist() == [5, 8]
 
 
 def test_embedded_images():
@@ -1605,6 +1618,12 @@ def test_outlier_files_that_are_none(wrong, refused):
     assert "file does not hold outliers" in refused(synthesize.read_outliers, "file", net, 32)
 
 
+def test_a_resumed_run_whose_network_is_cut_short(default_run, tiny, refused):
+    shutil.copytree(default_run, "run")
+    os.truncate("run/ce.pt", 5000)
+    assert "run/ce.pt does not hold" in refused(tiny, "run", "--resume", alone=False)
+
+
 def test_outliers_of_another_start_are_refused(default_run, refused):
     save_net("other.pt")
     words = "--ce other.pt --out new --outliers", default_run / "outliers.pt"
@@ -1615,7 +1634,7 @@ OAL_OPTIONS = dict(train.RECIPES["oal"], recipe="oal", peer=None, seed=0, outlie
 
 
 def test_a_step_of_the_student(monkeypatch):
-    """Latents stand behind the images, in MICL alone. Maps: 0 from a teacher like the student, a stage doubled 1/4."""
+    """Outlier maps stand behind the images, in MICL alone. Maps: 0 from a teacher like the student, a stage doubled 1/4."""
     net, teacher = tiny_net().eval(), tiny_net()
     teacher.load_state_dict(net.state_dict())
     x, y = random_images(8), torch.arange(8)
@@ -1938,10 +1957,15 @@ def test_a_folder_belongs_to_one_run(tiny, monkeypatch, refused):
     assert not Path("full").exists()
 
 
-@parametrize("recipe", ["oal", "released"])
-def test_benchmark(tiny, recipe):
-    tiny("a", "--benchmark --recipe", recipe)
+@parametrize("words, bare_parts", [("--recipe oal", 3), ("--recipe released", 2), ("--outliers noise --w-kd 0", 3),
+                                   ("--w-latent 0", 2), ("--w-kd 0 --w-feat 0 --w-latent 0", 1)])
+def test_benchmark(tiny, words, bare_parts, monkeypatch):
+    """By a clock that ticks when it is read, each bare part takes as long as another: those in use are counted."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
+    monkeypatch.setattr(train, "better", lambda *given: stop(AssertionError("a pass over validation images")))
+    tiny("a", "--benchmark", words)
     found = json.loads(Path("a/benchmark.json").read_text())
+    assert found["ratio"]["ce"] == pytest.approx(bare_parts * found["ratio"]["oal"])
     assert set(found["images_per_second"]) == {"bare", "teacher_forward", "ce_step", "oal_step", "test_pass"}
     assert set(found["ratio"]) == {"ce", "oal"} and all(value > 0 for value in found["ratio"].values())
     assert os.listdir("a") == ["benchmark.json"]
@@ -2012,8 +2036,9 @@ def test_what_cannot_be_read_is_an_error(words, locked, monkeypatch, refused):
     (train, "--device abacus", "abacus"), (train, "--dataset cifar100 --data-root /nowhere/at/all", "/nowhere/at/all"),
     (train, "--ce no.pt", "no.pt"), (train, "--teacher no.pt", "no.pt"), (train, "--outliers no.pt", "no.pt"),
     (train, "--colour red", "--colour"), (evaluate, "no.pt", "no.pt"), (evaluate, "", "checkpoints"),
-    (evaluate, "x.pt --flag mine --score ebo", "--flag"),
-    (evaluate, "x.pt --flag mine --ood yours", "--flag"), (evaluate, "--collect no.json", "no.json"),
+    (evaluate, "x.pt --flag . --score ebo", "leave out"), (evaluate, "x.pt --flag . --ood .", "leave out"),
+    (evaluate, "x.pt --flag nowhere", "no folder 'nowhere'"), (train, "--ood nowhere", "no folder 'nowhere'"),
+    (evaluate, "x.pt --ood . nowhere", "no folder 'nowhere'"), (evaluate, "--collect no.json", "no.json"),
     (synthesize, "no.pt", "no.pt"), (synthesize, "x.pt --per-class none", "whole number"),
     (synthesize, "x.pt --show x.abc", "--show"), (train, "--outliers noise --recipe released", "--outliers noise"),
     (train, "--peer vos --w-kd 1", "--peer"), (train, "--peer vos --benchmark", "--peer"),
@@ -2032,6 +2057,14 @@ def test_processes_that_torchrun_has_not_started(environment, monkeypatch, refus
     for word in environment.split():
         monkeypatch.setenv(*word.split("="))
     assert "torchrun" in refused(go, train, "--out out") and not Path("out").exists()
+
+
+def test_processes_but_the_first_read_what_they_train_on(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--ood", "."])
+    for name, value in (("is_first", False), ("barrier", None)):
+        monkeypatch.setattr(train, name, lambda value=value: value)
+    data, *_ = train.load_inputs(train.parse_args(), torch.device("cpu"))
+    assert sorted(data.splits) == ["train", "val"]
 
 
 def test_a_class_of_a_single_image_has_no_boundary(refused):
@@ -2326,6 +2359,15 @@ def test_a_detector_file_that_is_not_the_networks(change, says, refused):
         assert error.startswith("error: net.detector.pt ") and says in error
 
 
+@parametrize("images", [torch.zeros(2, 3, 32, 32), torch.zeros(3, 32, 32, dtype=torch.uint8),
+                        torch.zeros(2, 1, 32, 32, dtype=torch.uint8)])
+def test_a_detector_takes_bytes_of_three_channels(images):
+    draw_classes("photos", train_a=4, train_b=4)
+    untrained_detector("photos")
+    with pytest.raises(ValueError, match="uint8"):
+        evaluate.load_detector("net.pt")(images)
+
+
 def stop(problem):
     raise problem
 
@@ -2396,6 +2438,8 @@ def test_a_row_of_the_tables_is_a_label_over_its_seeds(capsys):
         "| start of `--outliers noise` | 1 | -15.00 | -15.00 / -15.00 / -15.00 | +15.00 / +15.00 / +15.00 |",
         "| `--outliers noise` | 1 | -3.00 | -3.00 / -3.00 / -3.00 | +3.00 / +3.00 / +3.00 |", "",
         "missing, in no mean: places365"]
+    backwards = evaluate.tables([*runs[3:5], *runs[:3]])
+    assert any(line.startswith("| start | 3 | 2.0±1.0 | 51.0±1.0 ") for line in backwards)  # with its minutes
 
 
 def test_tables_of_evaluate_py():

@@ -34,7 +34,7 @@ import models
 import synthesize
 from models import fail
 
-# OpenOOD v1.5's recipe for CIFAR; the rate is for a batch of 128 and is scaled with the batch.
+# OpenOOD v1.5's recipe for CIFAR. The rate is for a batch of 128; start and teacher scale it.
 SGD = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 # Per arch: epochs of the three stages; the student's rate; batch; padding of the random crop;
 # boundary outliers per class; steps of the diffusion model, at most.
@@ -55,7 +55,7 @@ RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_boundary=0.0, w_latent=1.0),
                             oal_lr=0.005, oal_epochs=100)}
 # The ViT teacher is fine-tuned by Adam, as released.
 VIT = dict(epochs=50, lr=1e-6, head_lr=1e-4)
-# SGD settings of the released projection and CLUBs, and of MICL's a and tau.
+# SGD settings of the projection of a teacher's features, of the CLUBs, of MICL's a and tau.
 PARTS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(lr=1e-4),
          "critic": dict(weight_decay=0.0)}
 
@@ -344,9 +344,9 @@ def train(stage, objective, data, run):
             print(f"{stage}: epoch {epoch}/{epochs}, step {place + 1}/{per_epoch}, {shown}, "
                   f"{batch / per_step:.0f} images/s, {(steps - step) * per_step:.0f} s left",
                   flush=True)
-        if period_ends and (options["recipe"] == "released" or isinstance(net, models.ViT)):
-            best = better(best, net, data)
         if period_ends and run.out:
+            if options["recipe"] == "released" or isinstance(net, models.ViT):
+                best = better(best, net, data)
             parts = {name: part.state_dict() for name, part in state.items()}
             save_checkpoint(run, {"stage": stage, "step": step, "order": order, "best": best,
                                   "generator": g.get_state(), **parts})
@@ -461,7 +461,8 @@ def load_inputs(args, device):
     options = args.options
     if not is_first():
         barrier()  # the first process downloads and decodes, the others read what it has left
-    data = evaluate.load_set(args.dataset, args.data_root, args.size, None, args.ood)
+    wanted = (None, args.ood) if is_first() else (("train", "val"), ())  # the first one measures
+    data = evaluate.load_set(args.dataset, args.data_root, args.size, *wanted)
     images, labels = data.splits["train"]
     classes = len(data.classes)
     if labels.bincount(minlength=classes).min() < 2:
@@ -557,7 +558,10 @@ def save_network(name, net, data, run, critic=None):
 
 def load_weights(net, path):
     """The same weights in every process, whether trained in this run or an earlier one."""
-    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # cut short, or another network's
+        fail(f"{path} does not hold the network of this run: name another --out")
 
 
 def save_outliers(start, teacher, outliers, data, run):
@@ -648,8 +652,8 @@ def benchmark(out, options, data, net, teacher):
             seconds[name].append(time.perf_counter() - begun)
     best = {name: min(times[1:]) for name, times in seconds.items()}
     outlier_pass = best.pop("outliers")
-    bare_oal = best["bare"] + best["teacher_forward"]
-    if options["recipe"] == "oal":
+    bare_oal = best["bare"] + best["teacher_forward"] * distils(options)
+    if options["recipe"] == "oal" and options["w_latent"]:
         bare_oal += outlier_pass
     result = {"images_per_second": {name: steps * batch / time for name, time in best.items()},
               "ratio": {"ce": best["ce_step"] / best["bare"], "oal": best["oal_step"] / bare_oal}}
@@ -663,8 +667,8 @@ def benchmark(out, options, data, net, teacher):
 def parse_args():
     """-> the arguments, not changed any more; args.options hold what decides the weights."""
     parser = evaluate.common_parser(__doc__)
-    parser.add_argument("--ood", nargs="+", action="extend", default=[], metavar="FOLDER",
-                        help="folders of your own OOD images")
+    parser.add_argument("--ood", nargs="+", action="extend", default=[], type=evaluate.folder,
+                        metavar="FOLDER", help="folders of your own OOD images")
     parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
     parser.add_argument("--seed", type=evaluate.SEED, default=0)
     parser.add_argument("--arch", choices=models.ARCHS, help="resnet_tiny on shapes, else resnet18")
