@@ -2010,7 +2010,7 @@ def test_a_file_is_written_whole_or_not_at_all(content, tmp_path, refused):
 
 
 @parametrize("words, locked", [
-    ("net.pt --dataset cifar100 --flag mine", "val_cifar100.txt"),
+    ("net.pt --dataset cifar100 --flag .", "val_cifar100.txt"),
     ("net.pt --dataset photos", "train"), ("net.pt --out e", "results.json"),
     ("--collect e/results.json", "results.json")])
 def test_what_cannot_be_read_is_an_error(words, locked, monkeypatch, refused):
@@ -2091,7 +2091,7 @@ for program in ("train.py", "evaluate.py", "synthesize.py"):
 
 
 @parametrize("program, words, key, value", [
-    (evaluate, "net.pt --flag mine", "bn1.running_var", -9.0), (evaluate, "net.pt", "layer4.0.bn2.weight", 1e25),
+    (evaluate, "net.pt --flag .", "bn1.running_var", -9.0), (evaluate, "net.pt", "layer4.0.bn2.weight", 1e25),
     (synthesize, "net.pt --out o.pt", "bn1.running_var", -9.0),
     (train, "--ce net.pt --out run", "bn1.running_var", -9.0),
     (train, "--teacher net.pt --out run", "layer4.0.bn2.weight", 1e25)])
