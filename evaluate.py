@@ -286,15 +286,14 @@ def read_folder(folder, size=SIZE):
 
     for root in roots:  # links come last: a link from class to class brings no images
         for here, folders, names in os.walk(root, onerror=locked):
-            if os.path.realpath(here) in visited:
+            if os.path.realpath(here) in visited:  # read already, by its own name or another link
                 folders.clear()
                 continue
             visited.add(os.path.realpath(here))
             files += [os.path.join(here, name) for name in names]
             left_out += [name for name in folders if name[0] in ".@"]
             folders[:] = sorted(name for name in folders if name[0] not in ".@")
-            inside = [os.path.join(here, name) for name in folders]
-            roots += [path for path in inside if os.path.islink(path)]
+            roots += filter(os.path.islink, [os.path.join(here, name) for name in folders])
     endings = datasets.folder.IMG_EXTENSIONS
     paths = sorted(path for path in files if path.lower().endswith(endings))
     images, unreadable = decode(paths, size)
@@ -802,7 +801,7 @@ def number(kind, low, high):
 
 
 def folder(text):
-    """An argparse type."""
+    """An argparse type: the path of a folder that is there."""
     if not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"no folder '{text}': name one of images")
     return text
@@ -851,8 +850,7 @@ def main():
     parser.add_argument("checkpoints", nargs="*", help="files of weights, each a row of the result")
     parser.add_argument("--score", choices=[*SCORES, "all"], default="all")
     parser.add_argument("--ood", nargs="+", action="extend", default=[], type=folder,
-                        metavar="FOLDER",
-                        help="folders of your own OOD images")
+                        metavar="FOLDER", help="folders of your own OOD images")
     parser.add_argument("--flag", type=folder, metavar="FOLDER",
                         help="print class, micl, verdict and P(ID) of each image of the folder, by "
                         "NAME.detector.pt, else by the images of --dataset")

@@ -1634,7 +1634,7 @@ OAL_OPTIONS = dict(train.RECIPES["oal"], recipe="oal", peer=None, seed=0, outlie
 
 
 def test_a_step_of_the_student(monkeypatch):
-    """Outlier maps stand behind the images, in MICL alone. Maps: 0 from a teacher like the student, a stage doubled 1/4."""
+    """Outliers come after the images, in MICL alone. Maps: 0 from a teacher like the student, a stage doubled 1/4."""
     net, teacher = tiny_net().eval(), tiny_net()
     teacher.load_state_dict(net.state_dict())
     x, y = random_images(8), torch.arange(8)

@@ -461,8 +461,9 @@ def load_inputs(args, device):
     options = args.options
     if not is_first():
         barrier()  # the first process downloads and decodes, the others read what it has left
-    wanted = (None, args.ood) if is_first() else (("train", "val"), ())  # the first one measures
-    data = evaluate.load_set(args.dataset, args.data_root, args.size, *wanted)
+    # All sets for the first process, which measures; for the others what they train on.
+    wanted, ood = (None, args.ood) if is_first() else (("train", "val"), ())
+    data = evaluate.load_set(args.dataset, args.data_root, args.size, wanted, ood)
     images, labels = data.splits["train"]
     classes = len(data.classes)
     if labels.bincount(minlength=classes).min() < 2:
