@@ -1621,7 +1621,7 @@ def test_outlier_files_that_are_none(wrong, refused):
 def test_a_resumed_run_whose_network_is_cut_short(default_run, tiny, refused):
     shutil.copytree(default_run, "run")
     os.truncate("run/ce.pt", 5000)
-    assert "run/ce.pt does not hold" in refused(tiny, "run", "--resume", alone=False)
+    assert "run/ce.pt is not a network of this run" in refused(tiny, "run", "--resume", alone=False)
 
 
 def test_outliers_of_another_start_are_refused(default_run, refused):

@@ -561,8 +561,8 @@ def load_weights(net, path):
     """The same weights in every process, whether trained in this run or an earlier one."""
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception:  # cut short, or another network's
-        fail(f"{path} does not hold the network of this run: name another --out")
+    except Exception as problem:  # cut short, or another network's
+        fail(f"{path} is not a network of this run ({str(problem):.200}): name another --out")
 
 
 def save_outliers(start, teacher, outliers, data, run):
