@@ -2,25 +2,26 @@
 
     python evaluate.py runs/cifar100/student.pt --dataset cifar100 --data-root DIR [--ood FOLDER]
     python evaluate.py runs/photos/student.pt --flag FOLDER > flags.csv  # verdict per image
-    python evaluate.py --collect runs/*/results.json  # tables over seeds
+    python evaluate.py --collect results/cifar100/*.json  # tables over seeds
 
 Lists, transform and metrics are those of OpenOOD v1.5 (arXiv 2306.09301). A score is a confidence:
 higher = more in-distribution.
 """
 import argparse
 import csv
+import functools
 import hashlib
 import io
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
 import threading
 import time
 import unicodedata
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,15 +31,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import datasets
 from torchvision.transforms import functional as transforms
 
 import losses
 import models
-from models import fail
+from models import Mistake, fail
 
-SIZE, SIZES = 32, (32, 64, 128, 224)
+SIZES = range(32, 321, 32)  # sides of images; a network trained from nothing has 32 by default
 ID_SPLITS = ("train", "val", "test")
 CIFAR_FAR = ("mnist", "svhn", "texture", "places365")
 SHAPE_FAR = ("noise", "stripes", "flat", "gradient", "blobs")
@@ -67,8 +68,8 @@ def note(message):
     print(message, file=sys.stderr)
 
 
-def run(main):
-    """Runs a program. What a user or the machine causes ends it with one line on stderr."""
+def guarded(main):
+    """Runs a program. What a user or the machine causes ends it with one line on stderr, status 2."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
@@ -77,41 +78,47 @@ def run(main):
     try:
         main()
         sys.stdout.flush()
+        return
     except KeyboardInterrupt:
         raise SystemExit(130)
-    except FloatingPointError as problem:
-        fail(f"{problem}: train it again, on more images or with a lower --w-* weight")
     except BrokenPipeError:
         os._exit(141)  # without the flush that would fail again
+    except Mistake as problem:
+        says = str(problem)
+    except FloatingPointError as problem:
+        says = f"{problem}: train it again, on more images or with a lower --w-* weight"
     except OSError as problem:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the flush at exit would fail again
-        fail(problem)
+        says = str(problem)
     except (MemoryError, RuntimeError) as problem:
-        no_memory = "MemoryError|(allocate|out of) memory|ALLOC_FAILED|bad_alloc|start new thread"
-        if not re.search(no_memory, repr(problem)):
+        if not models.out_of_memory(problem):
             raise
-        fail("no memory left: take a smaller --size or another --device, and another --out")
+        says = "no memory left: take a smaller --size or another --device, and another --out"
+    print("error:", " ".join(says.split()), file=sys.stderr)
+    raise SystemExit(2)
 
 
 def write(path, content):
     """Writes text, bytes, or another object by torch.save. An OSError leaves the old file whole."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.partial")  # one name: a killed program leaves one at most
     if isinstance(content, str):
         content = content.encode()
-    elif not isinstance(content, bytes):
-        buffer = io.BytesIO()  # torch.save to a file makes a RuntimeError of a full disk
-        torch.save(content, buffer)
-        content = buffer.getbuffer()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "wb") as file:
-            file.write(content)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as problem:
-        raise OSError(problem.errno, problem.strerror, str(path))
+    except (OSError, RuntimeError) as problem:  # an older torch.save makes the second of the first
+        cause = problem if isinstance(problem, OSError) else problem.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path))
     finally:
         partial.unlink(missing_ok=True)
 
@@ -134,7 +141,7 @@ class ImageSet(NamedTuple):
         return [name for name in names if name not in self.splits]
 
 
-def to_tensor(image, size=SIZE):
+def to_tensor(image, size=32):
     """PIL image of up to 16 bits -> uint8 [3, size, size] by OpenOOD's test transform."""
     if image.mode == "F" or image.mode == "I" and np.max(image) > 65535:
         raise ValueError("32 bits a pixel: save it with 8 or 16")
@@ -151,31 +158,62 @@ def to_tensor(image, size=SIZE):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def decode(paths, size=SIZE):
-    """Image files -> (list of uint8 [3, size, size], {path: reason} of the unreadable files)."""
-    images, bad, brightest = [], {}, []  # the brightest pixel of each 16-bit image
+def decode(paths, size=32, turned=True):
+    """Image files -> (uint8 [N, 3, size, size], N digests of pixels, {path: reason} of the rest).
 
-    def read(path):  # -> the image, or why there is none
-        if not os.path.isfile(path):
-            return "not a regular file"  # opening a named pipe would wait for ever
+    turned: by the rotation that a camera has written into the file (EXIF).
+    """
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    brightest = []  # the brightest pixel of each 16-bit image
+
+    def read(i):  # -> the digest of the whole image, b"" and why there is none
+        if not os.path.isfile(paths[i]):
+            return "", "not a regular file"  # opening a named pipe would wait for ever
         try:
-            with Image.open(path) as image:
+            with Image.open(paths[i]) as image:
+                image = ImageOps.exif_transpose(image) if turned else image
+                images[i] = to_tensor(image, size)
                 if image.mode.startswith("I"):
                     brightest.append(np.max(image))
-                return to_tensor(image, size)
+                kind = repr((image.mode, image.size, image.getpalette())).encode()
+                return hashlib.sha256(kind + image.tobytes()).hexdigest(), ""
         except Exception as problem:  # PIL raises a dozen types for damaged files
-            return f"{type(problem).__name__}: {problem}".splitlines()[0]
+            return "", f"{type(problem).__name__}: {problem}".splitlines()[0]
 
     with ThreadPoolExecutor() as pool:
-        for path, image in zip(models.progress("images read", paths), pool.map(read, paths)):
-            if torch.is_tensor(image):
-                images.append(image)
-            else:
-                bad[str(path)] = image
+        pairs = zip(models.progress("images read", paths), pool.map(read, range(len(paths))))
+        found = [result for _, result in pairs]
     if brightest and max(brightest) < 16384:
         note(f"note: the largest value of the {len(brightest)} 16-bit images is {max(brightest)} "
              "of 65535: scale them")
-    return images, bad
+    bad = {str(path): reason for path, (_, reason) in zip(paths, found) if reason}
+    good = [i for i, (_, reason) in enumerate(found) if not reason]
+    return images[good] if bad else images, [found[i][0] for i in good], bad
+
+
+def decode_once(paths, size, turned, cache, stamp):
+    """As decode, kept in the file `cache` while the stamp, a text, is the same; None: no file there.
+
+    The images are then a map of the file: all processes that read it share one copy.
+    """
+    how = f"RGB, Resize({size}), CenterCrop({size}), turned: {turned}\n{stamp}"
+    key = hashlib.sha256(how.encode(errors="surrogateescape")).hexdigest()
+    try:
+        saved = torch.load(cache, mmap=True, weights_only=True)
+        if saved["key"] == key:
+            return saved["images"], saved["digests"], saved["bad"]
+    except Exception:  # absent or damaged
+        pass
+    if not any(map(os.path.isfile, paths)):
+        return None
+    note(f"decoding {len(paths)} images, once; kept in {cache}")
+    saved = dict(zip(("images", "digests", "bad"), decode(paths, size, turned)), key=key)
+    try:
+        write(cache, saved)
+        saved = torch.load(cache, mmap=True, weights_only=True)
+    except OSError as problem:  # a read-only data folder costs time, not the run
+        note(f"not cached: {problem}")
+    return saved["images"], saved["digests"], saved["bad"]
 
 
 def read_list(list_path, root, size):
@@ -186,34 +224,23 @@ def read_list(list_path, root, size):
     if not list_path.is_file():
         return None
     text = list_path.read_text("utf-8-sig", "replace")
-    key = hashlib.sha256(f"RGB, Resize({size}), CenterCrop({size})\n{text}".encode()).hexdigest()
-    cache = root / "oal_cache" / list_path.parent.name / f"{list_path.stem}_{size}.pt"
-    try:
-        saved = torch.load(cache, weights_only=True)
-        if saved["key"] == key:
-            return saved["images"], saved["labels"]
-    except Exception:  # absent or damaged
-        pass
     try:
         rows = [line.rsplit(maxsplit=1) for line in text.splitlines() if line.strip()]
         paths = [root / "images_classic" / path for path, _ in rows]
         labels = torch.tensor([int(label) for _, label in rows])
     except ValueError:
         fail(f"{list_path} is not a list: each line must be 'path label'")
-    if not any(path.is_file() for path in paths):
+    cache = root / "oal_cache" / list_path.parent.name / f"{list_path.stem}_{size}.pt"
+    found = decode_once(paths, size, False, cache, text)
+    if not found:
         note(f"none of the {len(paths)} images of {list_path} is there: "
              f"{', '.join(map(str, paths[:1]))}")
         return None
-    note(f"decoding the {len(paths)} images of {list_path.name}, once")
-    images, bad = decode(paths, size)
+    images, _, bad = found
     if bad:
+        cache.unlink(missing_ok=True)
         fail(f"{len(bad)} of the {len(paths)} images of {list_path} cannot be read: "
              f"restore {', '.join(bad)[:300]}")
-    images = torch.stack(images)
-    try:
-        write(cache, {"key": key, "images": images, "labels": labels})
-    except OSError as problem:  # a read-only data folder costs time, not the run
-        note(f"not cached: {problem}")
     return images, labels
 
 
@@ -237,14 +264,14 @@ def from_torchvision(dataset, split, root, size):
     return images[part], torch.tensor(labels)[part]
 
 
-def load_set(dataset, data_root="data", size=SIZE, wanted=None, ood=()):
+def load_set(dataset, data_root="data", size=32, wanted=None, ood=()):
     """An ID set, a key of NAMED or a folder of classes, and folders of OOD images -> an ImageSet.
 
     wanted: the splits to read of a named set (all). A missing OOD set is left out.
     """
     root, lists = Path(data_root), Path(data_root) / "benchmark_imglist"
     if dataset not in NAMED:
-        data, wanted = read_classes(dataset, size), ()
+        data, wanted = read_classes(dataset, size, root), ()
     else:
         classes, mean, std, near, far = NAMED[dataset]
         data = ImageSet(dataset, classes, torch.tensor(mean), torch.tensor(std),
@@ -268,24 +295,25 @@ def load_set(dataset, data_root="data", size=SIZE, wanted=None, ood=()):
                  "OpenOOD's list")
     data.groups["yours"] = tuple(os.path.abspath(folder) for folder in ood)
     for folder in data.groups["yours"]:
-        images, _, _ = read_folder(folder, size)
+        images, *_ = read_folder(folder, size)
         data.splits[folder] = images, torch.full((len(images),), -1)
         data.sources[folder] = "folder"
     return data
 
 
-def read_folder(folder, size=SIZE):
-    """Images below a folder -> (uint8 [N, 3, size, size], paths, {path: reason} of the unreadable).
+def read_folder(folder, size=32, cache=None):
+    """Images below a folder -> (uint8 [N, 3, size, size], their paths, digests of pixels, {path:
+    reason} of the unreadable), kept in the file `cache`, if one is given.
 
     Links are followed. Folders that begin with '.' or '@' (copies, thumbnails) are left out.
     """
-    files, bad, left_out, visited, roots = [], {}, [], set(), [folder]
+    files, locked, left_out, visited, roots = [], {}, [], set(), [folder]
 
-    def locked(problem):
-        bad[problem.filename] = "a folder that cannot be listed"
+    def lock(problem):
+        locked[problem.filename] = "a folder that cannot be listed"
 
     for root in roots:  # links come last: a link from class to class brings no images
-        for here, folders, names in os.walk(root, onerror=locked):
+        for here, folders, names in os.walk(root, onerror=lock):
             if os.path.realpath(here) in visited:  # read already, by its own name or another link
                 folders.clear()
                 continue
@@ -296,15 +324,23 @@ def read_folder(folder, size=SIZE):
             roots += filter(os.path.islink, [os.path.join(here, name) for name in folders])
     endings = datasets.folder.IMG_EXTENSIONS
     paths = sorted(path for path in files if path.lower().endswith(endings))
-    images, unreadable = decode(paths, size)
-    bad |= unreadable
+    if cache:
+        stats = [os.stat(path) if os.path.exists(path) else None for path in paths]
+        stamp = [f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}"
+                 for path, stat in zip(paths, stats)]
+        found = decode_once(paths, size, True, cache, "\n".join(stamp))
+        images, digests, unreadable = found or decode(paths, size)
+    else:
+        images, digests, unreadable = decode(paths, size)
+    bad = {**locked, **unreadable}
     for path, reason in bad.items():
         note(f"unreadable: {path} ({reason})")
+    names = f": {', '.join(sorted(left_out))}" if left_out else ""
     note(f"{folder}: {len(images)} images, {len(bad)} unreadable, {len(files) - len(paths)} other "
-         f"files, {len(left_out)} folders left out")
-    if not images:
+         f"files, {len(left_out)} folders left out{names}")
+    if not len(images):
         fail(f"{folder} holds no image that can be read: a name must end in {' '.join(endings)}")
-    return torch.stack(images), [path for path in paths if path not in bad], bad
+    return images, [path for path in paths if path not in bad], digests, bad
 
 
 def composed(name):
@@ -312,54 +348,80 @@ def composed(name):
     return unicodedata.normalize("NFC", name)
 
 
-def read_classes(folder, size=SIZE):
-    """A user's folder train/CLASS/..., with or without val/ (valid/, validation/) and test/.
-
-    A missing split takes a tenth of each class of train/, or one image of a class of 4 to 9, by the
-    digest of the path below the folder: every program splits alike, a new image moves few others.
-    """
-    root, train, splits = Path(folder), Path(folder, "train"), {}
+def class_names(train):
+    """The folder train/ -> the names of its classes, sorted."""
     if not train.is_dir():
         fail(f"no folder {train}: put the images of each class into {train / 'CLASS'}")
-    classes = sorted({composed(path.name) for path in train.iterdir()
-                      if path.is_dir() and path.name[0] not in ".@"})
+    names = {path: composed(path.name) for path in train.iterdir() if path.is_dir()}
+    left_out = sorted(name for name in names.values() if name[0] in ".@")
+    classes = sorted(set(names.values()) - set(left_out))
+    for path, name in names.items():
+        deeper = [inner for inner in path.iterdir() if inner.is_dir() and inner.name[0] not in ".@"]
+        if classes == [name] and len(deeper) > 1:
+            fail(f"{train} holds one folder, and the classes lie one folder deeper: move the "
+                 f"{len(deeper)} folders of {path} to {train}")
     if len(classes) < 2:
-        fail(f"{train} holds fewer than two classes: add a folder for each")
+        left = f" (left out, for their first letter: {', '.join(left_out)})" if left_out else ""
+        fail(f"{train} holds fewer than two classes{left}: add a folder for each")
+    return classes
+
+
+def read_classes(folder, size=32, data_root="data"):
+    """A user's folder train/CLASS/..., with or without val/ (valid/, validation/) and test/.
+
+    A missing split takes a tenth of each class of train/, or one picture of a class of 4 to 9, by
+    the digest of the pixels: copies stay together, every program splits alike, a new image moves
+    few others. The images are decoded once and then come from a cache below the data root.
+    """
+    root, splits, digests = Path(folder), {}, {}
+    classes = class_names(root / "train")
+    place = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
     for name in ("validation", "valid", "val", "test", "train"):
         if not (root / name).is_dir():
             continue
         split = "val" if name.startswith("val") else name
         if split in splits:
             fail(f"{root} has two of val/, valid/ and validation/: keep one")
-        images, paths, _ = read_folder(root / name, size)
-        names = [composed(os.path.relpath(path, root)) for path in paths]
-        labels = [Path(name).parts[1] for name in names]
+        cache = Path(data_root, "oal_cache", "folders", f"{place}_{split}_{size}.pt")
+        images, paths, digests[split], _ = read_folder(root / name, size, cache)
+        labels = [composed(Path(os.path.relpath(path, root)).parts[1]) for path in paths]
         for label in set(labels) - set(classes):
-            fail(f"{root / name / label} is no class of {train}: move it away, or add the class")
-        labels = torch.tensor([classes.index(label) for label in labels])
-        splits[split] = images, labels
+            fail(f"{root / name / label} is no class of {root / 'train'}: move it away, or add "
+                 "the class")
+        splits[split] = images, torch.tensor([classes.index(label) for label in labels])
 
-    # The last folder was train/: an absent split takes its share of it.
+    # An absent split takes its share of train/.
     absent = [split for split in ("val", "test") if split not in splits]
-    digests = [hashlib.sha256(os.fsencode(name)).digest() for name in names]
+    (images, labels), own = splits["train"], np.array(digests["train"])
     chosen = {split: [] for split in ("train", *absent)}
     for label, name in enumerate(classes):
-        own = sorted((labels == label).nonzero().flatten().tolist(), key=digests.__getitem__)
-        tenth = max(len(own) // 10, 1) if len(own) >= 4 else 0
-        for split in absent:
-            chosen[split] += own[:tenth]
-            own = own[tenth:]
-        if len(own) < 2:
-            fail(f"the class {name} has {len(own)} images to train on in {train}: it needs 2")
-        chosen["train"] += own
+        members = (labels == label).nonzero().flatten().numpy()
+        pictures = sorted(set(own[members]))
+        tenth = max(len(pictures) // 10, 1) if len(pictures) >= 4 else 0
+        ends = [i * tenth for i in range(len(absent) + 1)]
+        if len(pictures) - ends[-1] < 2:
+            fail(f"the class {name} has {len(pictures) - ends[-1]} images to train on in "
+                 f"{root / 'train'}: it needs 2")
+        parts = [pictures[low:high] for low, high in zip(ends, ends[1:])]
+        for split, part in zip(("train", *absent), (pictures[ends[-1]:], *parts)):
+            chosen[split] += members[np.isin(own[members], part)].tolist()
     for split, indices in chosen.items():
         if not indices:
             fail(f"{root} has no {split}/, and no class has 4 images: add images")
-        splits[split] = images[sorted(indices)], labels[sorted(indices)]
+        if absent:
+            splits[split] = images[sorted(indices)], labels[sorted(indices)]
+            digests[split] = own[sorted(indices)].tolist()
 
+    count = {split: len(labels) for split, (_, labels) in splits.items()}
+    note(f"{root}: {len(classes)} classes, {', '.join(classes)}; {count['train']} images to train "
+         f"on, {count['val']} for thresholds, {count['test']} to test")
+    pictures = {split: set(some) for split, some in digests.items()}
+    copies = sum(count.values()) - len(set.union(*pictures.values()))
+    if copies:
+        shared = sum(map(len, pictures.values())) - len(set.union(*pictures.values()))
+        note(f"note: {copies} of these images are copies of others"
+             + f"; {shared} stand in two of train/, val/ and test/" * bool(shared))
     images, _ = splits["train"]
-    note(f"{root}: {len(classes)} classes, {', '.join(classes)}; {len(images)} images to train on, "
-         f"{len(splits['val'][0])} for thresholds, {len(splits['test'][0])} to test")
     means = torch.stack([image.double().mean((1, 2)) for image in images]) / 255  # [N, 3]
     spreads = torch.stack([image.double().var((1, 2), correction=0) for image in images]) / 255 ** 2
     mean = means.mean(0)  # [3]
@@ -385,7 +447,7 @@ SHAPES_SEEDS = {"train": 0, "val": 1, "test": 2, "held_out": 3,
                 "noise": 5, "stripes": 6, "flat": 7, "gradient": 8, "blobs": 9}
 
 
-def draw_set(split, size=SIZE):
+def draw_set(split, size=32):
     """An embedded set -> (uint8 [N, 3, S, S], labels int64 [N]), the same on every machine.
 
     ID: 4 shapes x 2 textures of any colour, place, size and turn, on a gradient with clutter and
@@ -437,17 +499,23 @@ def draw_set(split, size=SIZE):
 
 # --- Scores.
 # (logits [N, C], features [N, D], ref) -> confidence [N]. `ref` is what a score may know of network
-# and training set: weight [C, D] of the classifier, features [M, D], their mean [D].
+# and training set: weight [C, D] of the classifier, features [M, D], their mean [D]; and, for
+# micl_knn, the bank [K, D] of unit features, k, and standard [2, 2], see `reference`.
+
+
+def nearness(features, bank, k):
+    """Features [N, D], bank [M, D], made of unit length -> minus the distance to the k-th [N]."""
+    bank, queries = (F.normalize(x.double(), dim=1) for x in (bank, features))
+    centre = bank.mean(0)  # subtracted, else rounding hides the distances of nearly equal features
+    bank, chunks = (bank - centre).float(), (queries - centre).float().split(500)
+    kth = [torch.cdist(chunk, bank).topk(min(k, len(bank)), largest=False)[0][:, -1]
+           for chunk in models.progress("chunks of nearest neighbours", chunks)]
+    return -torch.cat(kth)
 
 
 def knn(logits, features, ref):
-    """Minus the distance to the 50th nearest training feature, unit length (arXiv 2204.06507)."""
-    bank, queries = (F.normalize(x.double(), dim=1) for x in (ref["features"], features))
-    centre = bank.mean(0)  # subtracted, else rounding hides the distances of nearly equal features
-    bank, chunks = (bank - centre).float(), (queries - centre).float().split(500)
-    kth = [torch.cdist(chunk, bank).topk(min(50, len(bank)), largest=False)[0][:, -1]
-           for chunk in models.progress("chunks of nearest neighbours", chunks)]
-    return -torch.cat(kth)
+    """Minus the distance to the 50th nearest training feature (arXiv 2204.06507)."""
+    return nearness(features, ref["features"], 50)
 
 
 def fdbd(logits, features, ref):
@@ -463,6 +531,15 @@ def micl(logits, features, ref):
     return losses.MICL(ref["mean"]).score(logits, features)
 
 
+def micl_knn(logits, features, ref):
+    """micl and minus the distance to the k-th nearest training feature, standardised, added.
+
+    The detector of a pretrained network: its features know more than the classes that it learned.
+    """
+    parts = micl(logits, features, ref), nearness(features, ref["bank"], ref["k"])
+    return sum((part - mean) / std for part, (mean, std) in zip(parts, ref["standard"]))
+
+
 SCORES = {
     # Maximum softmax probability (arXiv 1610.02136); in float32 confident ones would tie at 1.
     "msp": lambda logits, features, ref: logits.double().softmax(1).amax(1),
@@ -470,7 +547,7 @@ SCORES = {
     "mls": lambda logits, features, ref: logits.amax(1),
     # Negative free energy (arXiv 2010.03759, equation 4, T = 1; the score of OAL's paper).
     "ebo": lambda logits, features, ref: logits.logsumexp(1),
-    "knn": knn, "fdbd": fdbd, "micl": micl}
+    "knn": knn, "fdbd": fdbd, "micl": micl, "micl_knn": micl_knn}
 
 
 # --- Metrics.
@@ -479,10 +556,14 @@ def detection_metrics(conf_id, conf_ood):
     """Confidences of ID [N] and OOD images [M] -> percentages as in OpenOOD v1.5.
 
     'aupr_in' and 'aupr_out' have ID or OOD as positive class; 'fpr95': ID flagged once 95 % of OOD
-    is caught; 'fpr95_id': OOD accepted once 95 % of ID is. ValueError: an empty input or a NaN.
+    is caught; 'fpr95_id': OOD accepted once 95 % of ID is. ValueError: an input that is empty, not
+    1-D, or holds a NaN.
     """
-    conf_id, conf_ood = (torch.as_tensor(conf).detach().cpu().double().flatten().numpy()
+    conf_id, conf_ood = (np.array(conf.detach().cpu() if torch.is_tensor(conf) else conf, float)
                          for conf in (conf_id, conf_ood))
+    if conf_id.ndim != 1 or conf_ood.ndim != 1:
+        raise ValueError(f"detection_metrics takes confidences [N] and [M], not {conf_id.shape} "
+                         f"and {conf_ood.shape}")
     conf = np.concatenate([conf_id, conf_ood])
     if not len(conf_id) or not len(conf_ood) or np.isnan(conf).any():
         raise ValueError("detection_metrics: no ID or no OOD confidence, or one that is NaN")
@@ -497,7 +578,9 @@ def detection_metrics(conf_id, conf_ood):
 
 
 def roc(score, positive):
-    """Counts of true and false positives [K] at or above each value of the score, falling."""
+    """Score [N], positive bool [N] -> counts [K] of true and of false positives, at or above each
+    of its K different values, from the highest on.
+    """
     order = np.argsort(-score)
     score, true = score[order], np.cumsum(positive[order])
     ends = np.flatnonzero(np.r_[score[1:] != score[:-1], True])  # last of each group of ties
@@ -511,7 +594,7 @@ def area(y, x, start=0):
 
 
 def fpr_at_recall(true, false, recall):
-    """False-positive rate at the first corner of the ROC curve that reaches the recall.
+    """Counts [K] of roc -> false-positive rate, 0 to 1, at the first corner that has the recall.
 
     Corners alone, as in OpenOOD: scikit-learn drops points on a straight line between two others.
     """
@@ -522,20 +605,53 @@ def fpr_at_recall(true, false, recall):
     return false[i] / false[-1]
 
 
-def threshold_at(conf_id, tpr):
-    """The largest confidence that at least the share `tpr` of the ID images [N] reaches."""
-    return float(-np.quantile(-np.asarray(conf_id, np.float64), tpr, method="inverted_cdf"))
+def threshold_at(conf_id):
+    """Confidences of ID images [N] -> the threshold that a new one misses one time in twenty.
+
+    The r-th smallest, r = floor((N + 1) / 20): a new image falls below it with probability
+    r / (N + 1). Of fewer than 19 images it is the smallest, and flags more.
+    """
+    return float(np.sort(np.asarray(conf_id, np.float64))[max(1, (len(conf_id) + 1) // 20) - 1])
+
+
+def flagged_at_worst(n):
+    """The share of new ID images that threshold_at of n images flags at most, 95 times of 100.
+
+    That share is Beta(r, n + 1 - r): the p at which a binomial count of n reaches r with 95 %.
+    """
+    r, (low, high) = max(1, (n + 1) // 20), (0.0, 1.0)
+    while high - low > 1e-6:
+        p = (low + high) / 2
+        below = sum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
+                             + i * math.log(p) + (n - i) * math.log1p(-p)) for i in range(r))
+        low, high = (p, high) if below > 0.05 else (low, p)
+    return high
 
 
 # --- Benchmark.
 
+FEW = 19  # validation images, of which a twentieth is one
+
+
 def reference(net, data):
-    """What scores may know of a network and, where they are there, its training images."""
-    ref = {"weight": net.fc.weight.detach().cpu().float()}
-    if "train" in data.splits:
-        images, _ = data.splits["train"]
-        _, ref["features"] = models.predict(net, images, data.mean, data.std)
-        ref["mean"] = ref["features"].mean(0)
+    """A network, its training and validation images -> what scores know of them, on the CPU.
+
+    standard [2, 2]: mean and std of both parts of micl_knn over the validation images; where these
+    are few, over the training images, each without itself. bank: at most 5,000 unit features.
+    """
+    (images, _), (val, _) = data.splits["train"], data.splits["val"]
+    logits, features = models.predict(net, images)
+    ref = {"weight": net.fc.weight.detach().cpu().float(), "features": features,
+           "mean": features.mean(0), "k": 1}
+    some = slice(None, None, math.ceil(len(features) / 5000))  # lists are sorted by class
+    ref["bank"] = F.normalize(features[some], dim=1).half()
+    if few := len(val) < FEW:
+        logits, features = logits[some], features[some]
+    else:
+        logits, features = models.predict(net, val)
+    parts = micl(logits, features, ref), nearness(features, ref["bank"], ref["k"] + few)
+    ref["standard"] = torch.stack([torch.stack([part.mean(), part.std().clamp_min(1e-6)])
+                                   for part in parts])
     return ref
 
 
@@ -543,8 +659,7 @@ def evaluate(net, data, scores, ref):
     """A network on the sets of data -> (entry of results.json, {score: {set: confidence [N]}})."""
     groups = {name: group for group, names in data.groups.items() for name in names
               if name in data.splits}
-    outputs = {name: models.predict(net, data.splits[name][0], data.mean, data.std)
-               for name in ("test", *groups)}
+    outputs = {name: models.predict(net, data.splits[name][0]) for name in ("test", *groups)}
     hits = (outputs["test"][0].argmax(1) == data.splits["test"][1]).double()
     entry = {"id_acc": 100 * hits.mean().item(), "scores": {}}
     confidences = {}
@@ -563,12 +678,25 @@ def evaluate(net, data, scores, ref):
     return entry, confidences
 
 
+def digest_of(images, labels):
+    """A digest of images and labels, 32 bits, without a copy of them."""
+    parts = (part.cpu().contiguous().numpy().data for part in (images, labels))
+    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
+
+
 def describe(program, data, size, device):
     """What results.json says of every run."""
     versions = {package.__name__: package.__version__ for package in (torch, torchvision, np)}
+    own = {split: data.splits[split] for split in ID_SPLITS}
+    code = hashlib.sha256()
+    for name in ("train", "synthesize", "losses", "evaluate", "models"):
+        code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return {"dataset": data.name, "size": size, "classes": data.classes,
+            "id": {"n": {split: len(labels) for split, (_, labels) in own.items()},
+                   "digest": "-".join(f"{digest_of(*pair):08x}" for pair in own.values())},
             "command": shlex.join([program, *sys.argv[1:]]), "device": device,
-            "versions": versions, "missing": data.missing(), "sources": data.sources}
+            "versions": versions, "missing": data.missing(), "sources": data.sources,
+            "code": code.hexdigest()}
 
 
 # --- Tables and pictures.
@@ -617,12 +745,13 @@ def tables(runs):
     several runs the last table is paired: each row less the first run's, seed by seed.
     """
     kinds = [[run["dataset"], run.get("arch"), run["size"],
-              {name: row["n"] for name, row in score["sets"].items()}]
+              {name: row["n"] for name, row in score["sets"].items()}, run.get("id")]
              for run in runs for entry in run["models"].values()
              for score in entry["scores"].values()]
     if any(kind != kinds[0] for kind in kinds):
-        fail("the runs differ in dataset, arch, size or OOD sets: make a table of each kind")
-    dataset, arch, _, sets = kinds[0]
+        fail("the runs differ in dataset, arch, size, ID images or OOD sets: make a table of each "
+             "kind")
+    dataset, arch, _, sets, _ = kinds[0]
     some = next(iter(runs[0]["models"].values()))["scores"]
     scores = [score for score in ("ebo", "fdbd", "micl") if score in some] or list(some)
     columns = {f"{group} {metric.upper()}": (group, metric) for group in ("near", "far")
@@ -668,6 +797,8 @@ def collect(paths):
     """results.json files -> the lines of their tables."""
     try:
         return tables([json.loads(Path(path).read_text()) for path in paths])
+    except Mistake:
+        raise
     except (ValueError, LookupError, AttributeError, TypeError) as problem:
         fail(f"--collect {' '.join(map(str, paths))}: no results.json of one benchmark ({problem})")
 
@@ -688,7 +819,7 @@ def plot(path, columns):
             low, high = np.quantile(np.concatenate(pair), [0.001, 0.999])
             axis.hist(pair, 60, range=(low, high), density=True, histtype="stepfilled",
                       alpha=0.6, label=["ID", drawable(Path(name).name)])
-            axis.axvline(threshold_at(conf["test"], 0.95), color="black", linewidth=1)
+            axis.axvline(threshold_at(conf["test"]), color="black", linewidth=1)
             auroc = detection_metrics(*pair)["auroc"]
             axis.set_title(f"{drawable(heading)}, AUROC {auroc:.1f}", fontsize=9)
             axis.set_yticks([])
@@ -702,23 +833,46 @@ def plot(path, columns):
 # --- The detector: NAME.pt has the weights, NAME.detector.pt what else a verdict needs.
 
 class Detector:
-    """detector(images uint8 [N, 3, S, S]) -> (class indices int64 [N], scores [N], P(ID) [N]).
+    """detector(images) -> (class indices int64 [N], scores [N], P(ID) [N]); OOD below .threshold.
 
-    The score is `micl`, P(ID) that of MICL's critic, NaN without one. Attributes: net, and the
-    entries of NAME.detector.pt, such as .classes and .threshold.
+    images: uint8 [N, 3, S, S], RGB, a tensor or an array, S = .size; `judge` prepares files. The
+    score is .score; P(ID) is against this run's outliers, as likely as ID images, or NaN without.
+    Attributes: net, and the entries of NAME.detector.pt, such as .classes.
     """
     a = tau = math.nan
+    made = start = ""  # how it was made, and the digest of the network that it has grown from
 
     def __init__(self, net, content):
-        vars(self).update(content, net=net)
+        vars(self).update(content, net=net.eval())
 
     def __call__(self, images):
-        if images.dtype != torch.uint8 or images.shape[1:-2] != (3,):
-            raise ValueError(f"images must be uint8 [N, 3, {self.size}, {self.size}]")
-        logits, features = models.predict(self.net, images, self.image_mean, self.image_std)
-        critic = losses.MICL(self.mean, self.a, self.tau)
-        score = critic.score(logits, features)
-        return logits.argmax(1), score, critic.probability(score)
+        """ValueError: images of another type or size."""
+        if not torch.is_tensor(images):
+            images = np.ascontiguousarray(images)
+            images = torch.from_numpy(images) if images.dtype == np.uint8 else torch.zeros(0)
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, self.size, self.size):
+            raise ValueError(f"images must be uint8 [N, 3, {self.size}, {self.size}], RGB, not "
+                             f"{images.dtype} {list(images.shape)}: .judge takes files")
+        self.net.eval()  # whatever its owner has done to it
+        logits, features = models.predict(self.net, images)
+        score = SCORES[self.score](logits, features, self.known())
+        return logits.argmax(1), score, (self.a * (score - self.tau)).sigmoid()
+
+    def judge(self, images):
+        """Paths or PIL images, one or a list -> as a call, each turned, resized and cropped.
+
+        OSError: a file that cannot be read.
+        """
+        one = isinstance(images, (str, os.PathLike, Image.Image))
+        opened = [image if isinstance(image, Image.Image) else Image.open(image)
+                  for image in ([images] if one else images)]
+        return self(torch.stack([to_tensor(ImageOps.exif_transpose(image), self.size)
+                                 for image in opened]))
+
+    def known(self):
+        """What its file says of the training features, as scores take it."""
+        return {key: value for key, value in vars(self).items()
+                if key in ("mean", "bank", "k", "standard")}
 
 
 def digest(net):
@@ -729,17 +883,22 @@ def digest(net):
     return sha.hexdigest()
 
 
-def detector_of(net, arch, data, critic=None):
-    """A network, its training and validation images, the student's critic -> NAME.detector.pt."""
-    mean = reference(net, data)["mean"]
-    images, _ = data.splits["val"]
-    conf = losses.MICL(mean).score(*models.predict(net, images, data.mean, data.std))
-    content = {"image_mean": data.mean.cpu(), "image_std": data.std.cpu(),
-               "size": images.shape[-1], "classes": list(data.classes), "arch": arch, "mean": mean,
-               "threshold": torch.tensor(threshold_at(conf, 0.95)), "n_val": len(conf),
-               "digest": digest(net)}
-    if critic:
-        content |= {"a": critic.log_a.exp().detach().cpu(), "tau": critic.tau.detach().cpu()}
+def describe_detector(net, data, score="micl", outliers=None, **more):
+    """A network, its training and validation images -> the entries of NAME.detector.pt.
+
+    outliers: logits and features of outliers in test mode, to which a and tau are fitted. more:
+    texts, how the network was made.
+    """
+    ref = reference(net, data)
+    conf = SCORES[score](*models.predict(net, data.splits["val"][0]), ref)
+    content = {"image_mean": net.image_mean.cpu(), "image_std": net.image_std.cpu(),
+               "size": net.size, "classes": list(data.classes), "arch": net.arch, "score": score,
+               "mean": ref["mean"], "n_val": len(conf), "digest": digest(net), **more,
+               "threshold": torch.tensor(threshold_at(conf), dtype=torch.float32)}
+    if score == "micl_knn":
+        content |= {key: ref[key] for key in ("bank", "k", "standard")}
+    if outliers:
+        content["a"], content["tau"] = losses.fit_critic(conf, SCORES[score](*outliers, ref))
     return content
 
 
@@ -755,37 +914,67 @@ def read_detector(path):
     try:
         content = torch.load(beside(path), map_location="cpu", weights_only=True)
         mean, std = content["image_mean"], content["image_std"]
-        scalars = [content["threshold"], *(content[key] for key in ("a", "tau") if key in content)]
-        if (mean.shape == std.shape == (3,) and std.min() > 0 and content.get("a", 1) > 0
-                and all(value.isfinite().all() for value in (mean, std, content["mean"], *scalars))
-                and not any(scalar.dim() for scalar in scalars)
+        keys = [key for key in ("threshold", "a", "tau") if key in content or key == "threshold"]
+        texts = [content["digest"], content["arch"], *content["classes"]]
+        tensors = [mean, std, content["mean"], *(content[key] for key in keys)]
+        fits = (mean.shape == std.shape == (3,) and std.min() > 0 and content.get("a", 1) > 0
+                and not any(content[key].dim() for key in keys) and content["mean"].dim() == 1
                 and content["size"] in SIZES and content["n_val"] > 0
-                and all(type(name) is str for name in (content["digest"], *content["classes"]))):
+                and all(type(text) is str for text in texts))
+        if content["score"] == "micl_knn":
+            bank, standard = content["bank"], content["standard"]
+            tensors += [bank, standard]
+            fits = (fits and bank.dim() == 2 and bank.shape[1:] == content["mean"].shape
+                    and len(bank) and standard.shape == (2, 2) and standard[:, 1].min() > 0
+                    and 0 < content["k"] <= len(bank))
+        if (fits and content["score"] in ("micl", "micl_knn")
+                and all(value.isfinite().all() for value in tensors)):
             return content
-    except Exception:  # cut short, text, or without an entry
-        pass
+    except Exception as problem:  # cut short, text, or without an entry
+        if models.out_of_memory(problem):
+            raise
     fail(f"{beside(path)} is not a detector: remove it, and name the ID set by --dataset")
 
 
-def open_network(path, content, classes, size, device):
-    """A file of weights -> the network on the device, to which content, if any, must belong."""
-    net = models.load_network(path, len(classes), size=size)
+def size_of(path, given):
+    """The side of the images of a network's file: by its detector file, else --size, else None."""
+    content = read_detector(path)
+    if content and given not in (None, content["size"]):
+        fail(f"{path} is for images {content['size']} wide, not {given}: leave out --size")
+    return content["size"] if content else given
+
+
+def open_detector(path, data=None, called=None, device="cpu"):
+    """A file of weights NAME.pt -> its Detector, by NAME.detector.pt.
+
+    Without that file the classes, mean, std and size are those of data, an ImageSet, and the
+    Detector has no threshold yet. called: a name of data for messages. Mistake: a file that is
+    missing, damaged or another run's, or whose classes are not those of data.
+    """
+    content = read_detector(path)
+    if not content and not data:
+        fail(f"no {beside(path)}: name the ID set of {path} by --dataset")
+    called = called or data and data.name
+    facts = content or {"classes": list(data.classes), "arch": None, "image_mean": data.mean,
+                        "image_std": data.std, "size": data.splits["train"][0].shape[-1]}
+    if data and facts["classes"] != data.classes:
+        lists = [f"{len(names)} classes, {', '.join(names)[:300]}"
+                 for names in (facts["classes"], data.classes)]
+        fail(f"{path} was trained for {lists[0]}: {called} has {lists[1]}; name its own --dataset")
+    net = models.load_network(path, len(facts["classes"]), facts["arch"], facts["size"], called)
+    models.set_scale(net, facts["image_mean"], facts["image_std"])
     if content and (content["digest"] != digest(net)
                     or content["mean"].shape != (net.fc.in_features,)):
         fail(f"{beside(path)} belongs to other weights than {path}: put back the files of one run")
-    return models.to_device(net, device)
+    return Detector(models.to_device(net, device), facts)
 
 
 def load_detector(path, device="cpu"):
     """A file of weights NAME.pt with NAME.detector.pt beside it -> a Detector; no images needed.
 
-    SystemExit, after a line on stderr, where a file is missing, damaged or another run's.
+    ValueError or OSError where a file is missing, damaged or another run's.
     """
-    content = read_detector(path)
-    if not content:
-        fail(f"no {beside(path)}: name the ID set of {path} by --dataset")
-    net = open_network(path, content, content["classes"], content["size"], device)
-    return Detector(net, content)
+    return open_detector(path, device=device)
 
 
 # --- Command line.
@@ -802,9 +991,15 @@ def number(kind, low, high):
 
 def folder(text):
     """An argparse type: the path of a folder that is there."""
+    text = os.path.expanduser(text)
     if not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"no folder '{text}': name one of images")
     return text
+
+
+def id_set(text):
+    """An argparse type: a name of an ID set, or the path of a folder, written in one way."""
+    return text if text in NAMED else os.path.normpath(os.path.expanduser(text))
 
 
 POSITIVE, SEED = number(int, 1, 10 ** 9), number(int, 0, 10 ** 17)
@@ -816,19 +1011,27 @@ def common_parser(doc):
     parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument("--dataset", metavar="{" + ",".join(NAMED) + ",FOLDER}", default="shapes",
-                        help="the ID set (%(default)s); FOLDER holds train/CLASS/... (val/, test/)")
-    parser.add_argument("--size", type=int, choices=SIZES, help="side of the images (32)")
-    parser.add_argument("--data-root", metavar="DIR", default="data", help="in the OpenOOD v1.5 "
-                        "layout, or where torchvision downloads (%(default)s)")
+    parser.add_argument("--dataset", metavar="{" + ",".join(NAMED) + ",FOLDER}", type=id_set,
+                        help="the ID set (shapes); FOLDER holds train/CLASS/... (val/, test/)")
+    parser.add_argument("--size", type=int, choices=SIZES, metavar="S", help="side of the images, "
+                        "a multiple of 32 up to 320 (the network's, or 32)")
+    parser.add_argument("--data-root", metavar="DIR", default="data", type=os.path.expanduser,
+                        help="in the OpenOOD v1.5 layout, or where torchvision downloads "
+                        "(%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
                         "mps" if torch.backends.mps.is_available() else "cpu")
     return parser
 
 
-def check_common(args):
-    """Ends the program where a shared option is of no use; fills in the size."""
-    args.size = args.size or SIZE
+def check_common(args, alone=True):
+    """Ends the program where a shared option is of no use; fills in the dataset.
+
+    alone: the program does not know how to run as several processes.
+    """
+    args.called = args.dataset or "shapes, the default,"
+    args.dataset = args.dataset or "shapes"
+    if alone and os.environ.get("WORLD_SIZE", "1") != "1":
+        fail("this program is one process: start it without torchrun")
     device = args.device
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's: each its own GPU
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -836,9 +1039,6 @@ def check_common(args):
         torch.zeros(1, device=device).item()  # no value comes back from 'meta'
     except (RuntimeError, AssertionError, ImportError) as problem:  # without CUDA: AssertionError
         fail(f"no device {args.device}: {str(problem).splitlines()[0]}")
-    if args.dataset in NAMED and args.size not in (SIZE, 224):
-        fail(f"the images of {args.dataset} are {SIZE} wide, not {args.size}: leave out --size, or "
-             "name another --dataset")
     if args.dataset not in NAMED and not Path(args.dataset).is_dir():
         fail(f"no dataset {args.dataset}: name a folder, or one of {', '.join(NAMED)}")
     if args.data_root != "data" and not Path(args.data_root).is_dir():
@@ -847,17 +1047,19 @@ def check_common(args):
 
 def main():
     parser = common_parser(__doc__)
-    parser.add_argument("checkpoints", nargs="*", help="files of weights, each a row of the result")
+    parser.add_argument("checkpoints", nargs="*", type=os.path.expanduser,
+                        help="files of weights, each a row of the result")
     parser.add_argument("--score", choices=[*SCORES, "all"], default="all")
     parser.add_argument("--ood", nargs="+", action="extend", default=[], type=folder,
                         metavar="FOLDER", help="folders of your own OOD images")
     parser.add_argument("--flag", type=folder, metavar="FOLDER",
-                        help="print class, micl, verdict and P(ID) of each image of the folder, by "
-                        "NAME.detector.pt, else by the images of --dataset")
+                        help="print class, score, verdict and P(ID) of each image of the folder, "
+                        "by NAME.detector.pt, else by the images of --dataset")
     parser.add_argument("--plot", metavar="FILE.png", help="histograms (ebo and micl for all)")
     parser.add_argument("--collect", nargs="+", action="extend", metavar="RESULTS.json",
                         help="print the tables of these runs and stop")
-    parser.add_argument("--out", default="runs/evaluate", help="folder for results.json")
+    parser.add_argument("--out", default="runs/evaluate", type=os.path.expanduser,
+                        help="folder for results.json")
     args = parser.parse_args()
     if args.collect:
         print("\n".join(collect(args.collect)))
@@ -865,19 +1067,23 @@ def main():
     if not args.checkpoints:
         fail("no checkpoints: name files of weights")
     if args.flag and (args.checkpoints[1:] or args.plot or args.ood or args.score != "all"):
-        fail("--flag judges by one network's micl: leave out --score, --plot and --ood")
-    details = [read_detector(path) for path in args.checkpoints]
-    sizes = [content["size"] for content in details if content]
-    if sizes and not args.flag:
-        args.size = args.size or sizes[0]
+        fail("--flag judges by one network's own score: leave out --score, --plot and --ood")
+    own_set = args.dataset
     check_common(args)
+    if args.flag and not own_set and not read_detector(args.checkpoints[0]):
+        fail(f"no {beside(args.checkpoints[0])}: name the ID set of the network by --dataset")
+    sizes = [size_of(path, args.size) for path in args.checkpoints]
+    if len(set(sizes)) > 1:
+        fail(f"these networks are for images {', '.join(map(str, sizes))} wide: measure them one "
+             "by one")
+    args.size = sizes[0] or models.size_of_stem(args.checkpoints[0])
     if args.flag:
         flag(args)
     else:
-        measure(args, details)
+        measure(args)
 
 
-def measure(args, details):
+def measure(args):
     """Networks on the benchmark: prints the tables, writes results.json and the picture."""
     path = Path(args.out) / "results.json"
     if path.exists() and '"command": "evaluate.py' not in path.read_text(errors="replace"):
@@ -886,19 +1092,13 @@ def measure(args, details):
         fail(f"--plot {args.plot}: install matplotlib, and name a file that ends in .png")
     start, columns = time.perf_counter(), {}
     scores = list(SCORES) if args.score == "all" else [args.score]
-    splits = ["test"] if args.score in ("msp", "mls", "ebo") else ["train", "test"]
-    if args.dataset in NAMED:
-        splits += [*NAMED[args.dataset][3], *NAMED[args.dataset][4]]
-    data = load_set(args.dataset, args.data_root, args.size, splits, args.ood)
+    data = load_set(args.dataset, args.data_root, args.size, ood=args.ood)
     if not set(data.splits) - set(ID_SPLITS):
         fail(f"no OOD set of {data.name} is there: name folders with --ood")
     results = {**describe("evaluate.py", data, args.size, args.device), "models": {}}
-    for file, content in zip(args.checkpoints, details):
+    for file in args.checkpoints:
         name = Path(file).stem if Path(file).stem not in results["models"] else file
-        net = open_network(file, content, data.classes, args.size, args.device)
-        own = as_trained(file, content, data) if content else data
-        ref = reference(net, own) | ({"mean": content["mean"]} if content else {})
-        results["models"][name], conf = evaluate(net, own, scores, ref)
+        results["models"][name], conf = measure_file(file, data, scores, args.device, args.called)
         columns |= {f"{name}: {score}": conf[score] for score in scores
                     if score in ("ebo", "micl", args.score)}
     results["seconds"] = {"total": time.perf_counter() - start}
@@ -909,38 +1109,39 @@ def measure(args, details):
     print(f"written: {path}{f', {args.plot}' if args.plot else ''}")
 
 
-def as_trained(path, content, data):
-    """-> data with the mean and std of the network's training; a note says what else differs."""
-    own = {"classes": list(data.classes), "size": data.splits["test"][0].shape[-1]}
-    differs = [key for key in own if own[key] != content[key]]
-    if not torch.allclose(data.mean, content["image_mean"], atol=1e-3):
-        differs.append("mean of the images")
-    if differs:
-        note(f"note: {data.name} is not what {path} was trained on: other {', '.join(differs)}; "
-             "labels are compared by number")
-    return data._replace(mean=content["image_mean"], std=content["image_std"])
+def measure_file(path, data, scores, device, called=None):
+    """A file of weights on the sets of data -> as evaluate(), by what its detector file knows."""
+    detector = open_detector(path, data, called, device)
+    return evaluate(detector.net, data, scores, reference(detector.net, data) | detector.known())
 
 
 def flag(args):
-    """Prints a CSV: path, predicted class, micl, verdict and P(ID) of each image of a folder."""
+    """Prints a CSV: path, predicted class, score, verdict and P(ID) of each image of a folder."""
     path, = args.checkpoints
-    if os.path.exists(beside(path)):
+    if read_detector(path):
         detector = load_detector(path, args.device)
     else:
         data = load_set(args.dataset, args.data_root, args.size, ["train", "val"])
-        net = open_network(path, None, data.classes, args.size, args.device)
-        detector = Detector(net, detector_of(net, "", data))
-    images, paths, bad = read_folder(args.flag, detector.size)
+        detector = open_detector(path, data, args.called, args.device)
+        detector = Detector(detector.net, describe_detector(detector.net, data))
+    images, paths, _, bad = read_folder(args.flag, detector.size)
     labels, score, p_id = (values.tolist() for values in detector(images))
-    threshold = detector.threshold.item()
-    rows = [["path", "class", "micl", "verdict", "p_id"]]
-    for name, label, ratio, p in zip(paths, labels, score, p_id):
-        rows.append([name, detector.classes[label], f"{ratio:.6f}",
-                     "ID" if ratio >= threshold else "OOD", "" if math.isnan(p) else f"{p:.4f}"])
+    threshold, n = detector.threshold.item(), detector.n_val
+    rows = [["path", "class", detector.score, "verdict", "p_id"]]
+    for name, label, value, p in zip(paths, labels, score, p_id):
+        rows.append([name, detector.classes[label], f"{value:.6f}",
+                     "ID" if value >= threshold else "OOD", "" if math.isnan(p) else f"{p:.4f}"])
     rows += [[name, "", "", "unreadable", ""] for name in bad]
     csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
-    note(f"threshold {threshold:.6f}: 95% of the {detector.n_val} validation images reach it")
+    note(f"threshold {threshold:.6f}, of {n} validation images: {worth(n)}")
+
+
+def worth(n):
+    """What a threshold of n validation images promises, in words."""
+    mean, worst = max(1, (n + 1) // 20) / (n + 1), flagged_at_worst(n)
+    few = f"; {FEW} images make it 5 %" * (n < FEW)
+    return f"it flags {mean:.0%} of new ID images on average, {worst:.0%} at worst{few}"
 
 
 if __name__ == "__main__":
-    run(main)
+    guarded(main)

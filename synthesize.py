@@ -4,19 +4,21 @@
 
 1. Per class, the training features farthest from their class by k-nearest-neighbour distance, and
    around them the Gaussian draws farther still: boundary outliers (the paper's section 3.2).
-2. A latent is the code of a stage-2 feature map, between `lower` and `upper`. A diffusion model,
-   trained here in a minute, learns the latents of ID images given their unit features.
-3. From one noise it draws a latent under a boundary outlier, and its inlier, under the ID feature
-   nearest to that outlier. The map of an ID image plus the step from inlier to latent is an outlier
-   map. What the generator adds to both draws cancels in the step.
+2. A latent is the code of a feature map, between `lower` and `upper`. A diffusion model, trained
+   here in a minute, learns the latents of ID images given their unit features.
+3. For each boundary outlier it draws two latents from the same noise: one for the outlier, and its
+   inlier, for the nearest feature of an ID image. Their difference, the step, added to the map of
+   an ID image, is an outlier map. What the model adds to both draws cancels in the step.
 """
+import copy
+import hashlib
 import math
+import os
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.utils import save_image
 
 import evaluate
 import models
@@ -29,12 +31,14 @@ def unit_features(net, data):
     """Training images -> features [N, D] of unit length, on the network's device."""
     images, _ = data.splits["train"]
     return torch.cat([F.normalize(features, dim=1) for _, features
-                      in models.feature_batches(net, images, data.mean, data.std)])
+                      in models.feature_batches(net, images)])
 
 
 def kth_distance(queries, bank, k):
     """Unit vectors queries [Q, D] -> their distance to the k-th nearest in bank [N, D]: [Q]."""
-    cosine = (queries @ bank.T).topk(k, dim=1, sorted=False)[0].amin(1)  # [Q]
+    chunks = queries.split(max(1, 50_000_000 // len(bank)))  # about 600 MB each, however large N
+    cosine = torch.cat([(some @ bank.T).topk(k, dim=1, sorted=False)[0].amin(1)
+                        for some in chunks])  # [Q]
     return (2 - 2 * cosine).clamp_min(0).sqrt()
 
 
@@ -102,10 +106,11 @@ def gaussian_outliers(features, labels, per_class, generator):
     return torch.cat(outliers)
 
 
-# --- Latents: codes of stage-2 maps.
+# --- Latents: codes of maps.
 
 CODE = 256   # numbers per latent, at most
 BATCH = 256  # images per step of training
+SMALL = 2000  # images; with fewer a tenth is held out to say how many steps are enough
 
 
 @torch.no_grad()
@@ -128,9 +133,9 @@ def fit_codec(maps):
 def codec_of(net, data):
     """-> (up to 2,000 of the training images, their maps, the codec fitted to these)."""
     images, _ = data.splits["train"]
-    spread = torch.linspace(0, len(images) - 1, min(2000, len(images))).long()  # lists are sorted
-    some = images[spread.to(images.device)]
-    maps = torch.cat([maps for maps, _ in models.feature_batches(net, some, data.mean, data.std)])
+    chosen = torch.linspace(0, len(images) - 1, min(2000, len(images))).long()  # lists are sorted
+    some = images[chosen.to(images.device)]
+    maps = torch.cat([maps for maps, _ in models.feature_batches(net, some)])
     codec = fit_codec(maps)
     alike = some.eq(some[0]).all()  # equal maps may differ by rounding, in bf16 by a thousandth
     if alike or not len(codec["basis"]):
@@ -138,9 +143,15 @@ def codec_of(net, data):
     return some, maps, codec
 
 
-def network_id(net):
-    """SHA-256 of the weights, uint8 [32]: outliers.pt names its network by it."""
-    return torch.frombuffer(bytearray.fromhex(evaluate.digest(net)), dtype=torch.uint8)
+def as_bytes(digest):
+    """64 hexadecimal digits -> uint8 [32]: outliers.pt holds tensors alone."""
+    return torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
+
+
+def settings_of(net, per_class, diffusion_steps, seed):
+    """What decides outliers beside the network: uint8 [32]; net: that whose features are used."""
+    text = f"{evaluate.digest(net)} {per_class} {diffusion_steps} {seed}"
+    return as_bytes(hashlib.sha256(text.encode()).hexdigest())
 
 
 def encode(maps, codec):
@@ -152,20 +163,20 @@ def outlier_maps(maps, outliers, draws, noise=None):
     """Maps of ID images [B, C, H, W], tensors of outliers.pt -> outlier maps [M, C, H, W].
 
     draws [M, 3] in 0..1: which latent, which host map, and half the factor of the step from the
-    latent's inlier to the latent. An outlier is host + factor * step, then a ReLU. With a generator
-    `noise`, a control: in place of the scaled step, Gaussian noise of the hosts' standard
-    deviation; outliers are not used.
+    latent's inlier to the latent. An outlier is host + factor * step, and nowhere less than the
+    hosts are. noise [M, C, H, W], a control: standard normal numbers that, scaled to the standard
+    deviation of the hosts, take the place of the scaled step; outliers are not used.
     """
     chosen, host, strength = draws.T
     hosts = maps.detach()[(host * len(maps)).long()].float()  # [M, C, H, W]
-    if noise:
-        step = hosts.std() * torch.randn(hosts.shape, generator=noise, device=hosts.device)
+    if noise is not None:
+        step = hosts.std() * noise
     else:
         index = (chosen * len(outliers["latent"])).long()
         codes = outliers["latent"][index] - outliers["inlier"][index]  # [M, L]
         codes = 2 * strength[:, None] * outliers["scale"] * codes
         step = (codes @ outliers["basis"]).unflatten(1, maps.shape[1:])
-    return F.relu(hosts + step)  # a real map has no value below 0
+    return torch.maximum(hosts + step, hosts.amin().clamp_max(0))  # a ResNet's maps end in a ReLU
 
 
 # --- Latent diffusion: v-prediction (arXiv 2202.00512), cosine schedule.
@@ -213,8 +224,12 @@ def signal_and_noise(time):
 
 
 def train_diffusion(latents, conds, steps, generator, width=512):
-    """Latents [N, L], their conditions [N, D] -> a Denoiser, by `steps` of the velocity loss."""
-    random = {"generator": generator, "device": latents.device}
+    """Latents [N, L], their conditions [N, D] -> a Denoiser, by `steps` of the velocity loss.
+
+    Of fewer than SMALL latents a tenth is held out. Then the Denoiser is that of the step with the
+    lowest loss on it, and training ends 200 steps later: beyond, it learns the rest by heart.
+    """
+    random, small = {"generator": generator, "device": latents.device}, len(latents) < SMALL
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
         variance = latents.var(0).clamp_min(1e-6)
@@ -223,20 +238,40 @@ def train_diffusion(latents, conds, steps, generator, width=512):
 
     def factor(step):  # of the rate: 100 steps of warm-up, a cosine
         return min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    for _ in models.progress("steps of the diffusion model", range(steps)):
-        index = torch.randint(len(latents), (BATCH,), **random)
-        z, time = latents[index], torch.rand(BATCH, **random)
-        noise = torch.randn(z.shape, **random)
-        alpha, sigma = signal_and_noise(time)
+
+    def draw(index):  # -> time, noise of these latents
+        return torch.rand(len(index), **random), torch.randn(latents[index].shape, **random)
+
+    def velocity_loss(index, time, noise):
+        z, (alpha, sigma) = latents[index], signal_and_noise(time)
         with models.autocast(latents.device):
             velocity = net(alpha * z + sigma * noise, time, conds[index])
-        loss = F.mse_loss(velocity, alpha * noise - sigma * z)
+        return F.mse_loss(velocity, alpha * noise - sigma * z)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    pool, best = None, (math.inf, steps, None)
+    if small:
+        order = torch.randperm(len(latents), **random)
+        held, pool = order[:math.ceil(len(order) / 10)], order[len(order) // 10:]
+        held = held.repeat(math.ceil(1000 / len(held)))  # each under many times and noises
+        drawn = draw(held)
+    for step in models.progress("steps of the diffusion model", range(1, steps + 1)):
+        index = torch.randint(len(latents) if pool is None else len(pool), (BATCH,), **random)
+        index = index if pool is None else pool[index]
+        loss = velocity_loss(index, *draw(index))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    print(f"synthesize: diffusion model, {steps} steps, loss {loss.item():.3f}", flush=True)
+        if small and (step % 20 == 0 or step == steps):
+            with torch.no_grad():
+                value = velocity_loss(held, *drawn).item()
+            best = min(best, (value, step, copy.deepcopy(net.state_dict())), key=lambda b: b[0])
+            if step >= best[1] + 200:
+                break
+    if small:
+        net.load_state_dict(best[2])
+    print(f"synthesize: diffusion model, {best[1]} steps, loss "
+          f"{best[0] if small else loss.item():.3f}{' on a held-out tenth' * small}", flush=True)
     return net.eval()
 
 
@@ -374,14 +409,6 @@ def vae_encode(pipe, images, batch=4):
     return torch.cat(found) * pipe.vae.config.scaling_factor
 
 
-@torch.no_grad()
-def vae_decode(pipe, latents):
-    """Latents [N, 4, 64, 64] -> images float32 [N, 3, 512, 512], about 0..1."""
-    scaled = (latents / pipe.vae.config.scaling_factor).to(pipe.device, pipe.dtype)
-    decoded = [pipe.vae.decode(one).sample.float().cpu() for one in scaled.split(1)]
-    return torch.cat(decoded) / 2 + 0.5
-
-
 def ridge_regression(x, y):
     """x [N, P], y [N, Q] -> weight [P, Q], offset [Q] of y ~ x @ weight + offset.
 
@@ -395,7 +422,7 @@ def ridge_regression(x, y):
 
 
 def sd_codes(pipe, net, data, words, seed, batch=4):
-    """Two words [n, E] of outlier_words -> (tensors of outliers.pt, raw latents [n, 4, 64, 64]).
+    """Two words [n, E] of outlier_words -> tensors of outliers.pt.
 
     latent and inlier [n, L] are codes, by a linear map from raw latents at the maps' size, fitted
     to ID images; released [n, 64] is what the released trainer makes of raw latents.
@@ -408,7 +435,7 @@ def sd_codes(pipe, net, data, words, seed, batch=4):
     latent, inlier = (F.adaptive_avg_pool2d(one, size).flatten(1) @ weight + offset
                       for one in (raw, raw_inlier))
     return {"latent": latent, "inlier": inlier, "released": raw.mean(1).mean(1),
-            "network": network_id(net), **codec}, raw
+            "network": as_bytes(evaluate.digest(net)), **codec}
 
 
 # --- The whole stage: a trained network and its training images -> outliers.pt.
@@ -418,16 +445,18 @@ def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
 
     latent[i] is drawn under boundary[i], inlier[i] from the same noise under the training feature
     nearest to boundary[i]. The diffusion model takes diffusion_steps, or 20 passes over the images
-    if fewer: beyond, it learns them by heart. A teacher's features take the place of the network's.
+    if fewer: beyond, it learns them by heart; of a small set see train_diffusion. A teacher's
+    features take the place of the network's.
     """
     images, labels = data.splits["train"]
     _, _, codec = codec_of(net, data)
     latents = torch.cat([encode(maps, codec) for maps, _ in
-                         models.feature_batches(net, images, data.mean, data.std)])  # [N, L]
+                         models.feature_batches(net, images)])  # [N, L]
     features = unit_features(teacher or net, data)  # [N, D]
     labels = labels.to(features.device)
     boundary, classes = boundary_outliers(features, labels, per_class, generator)
-    steps = max(1, min(diffusion_steps, 20 * len(images) // BATCH))
+    passes = diffusion_steps if len(images) < SMALL else 20 * len(images) // BATCH
+    steps = max(1, min(diffusion_steps, passes))
     denoiser = train_diffusion(latents, features, steps, generator)
     shape = len(boundary), latents.shape[1]
     noise = torch.randn(shape, generator=generator, device=generator.device)
@@ -435,13 +464,17 @@ def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
                       for conds in (boundary, nearest_features(boundary, features)))
     print(f"synthesize: {len(latent)} latents of {latent.shape[1]} numbers", flush=True)
     return {"boundary": boundary, "boundary_labels": classes, "latent": latent, "inlier": inlier,
-            "latent_labels": classes, "network": network_id(net), **codec}
+            "latent_labels": classes, "network": as_bytes(evaluate.digest(net)), "settings":
+            settings_of(teacher or net, per_class, diffusion_steps, generator.initial_seed()),
+            **codec}
 
 
-def read_outliers(path, net, size):
+def read_outliers(path, net):
     """A file outliers.pt -> its tensors on the device of net; ends the program unless they fit."""
     device = net.fc.weight.device
-    shape = net.eval().lower(torch.zeros(1, 3, size, size, device=device)).numel()
+    with torch.no_grad():
+        image = torch.zeros(1, 3, net.size, net.size, dtype=torch.uint8, device=device)
+        shape = net.eval().lower(net.prepare(image)).numel()
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         found = {name: value.float() if value.is_floating_point() else value
@@ -452,33 +485,25 @@ def read_outliers(path, net, size):
                 and found["latent"].shape == found["inlier"].shape
                 and found["basis"].shape == (found["latent"].shape[1], shape)
                 and found["mean"].shape == (shape,) and found["scale"].dim() == 0
+                and all(len(found[f"{name}_labels"]) == len(found[name])
+                        for name in ("boundary", "latent") if f"{name}_labels" in found)
                 and all(value.isfinite().all() for value in found.values()))
-    except Exception:  # no such file, another format, other keys
+    except Exception as problem:  # no such file, another format, other keys
+        if models.out_of_memory(problem):
+            raise
         fits = False
     if not fits:
         fail(f"{path} does not hold outliers made from a network of this shape: name another file")
     return {name: value.to(device) for name, value in found.items()}
 
 
-def nearest_images(outliers, features, data):
-    """Per class the image nearest to its mean and the nine nearest to an outlier [R, 3, 2S, 2S]."""
-    images, labels = data.splits["train"]
-    grid = []
-    for label in outliers["boundary_labels"].unique()[:8]:
-        mean = features[labels == label].mean(0)
-        outlier = outliers["boundary"][outliers["boundary_labels"] == label][0]
-        nearest = (features @ outlier).topk(min(9, len(images)))[1]
-        grid += [images[(features @ mean).argmax()], *images[nearest]]
-    return F.interpolate(torch.stack(grid).float() / 255, scale_factor=2)
-
-
 def main():
     parser = evaluate.common_parser(__doc__)
-    parser.add_argument("checkpoint", help="weights of the network whose feature space is searched")
-    parser.add_argument("--teacher", metavar="FILE", help="another network for the features")
-    parser.add_argument("--out", default="outliers.pt", help="file for the outliers")
-    parser.add_argument("--show", metavar="FILE.png",
-                        help="draw the training images nearest to outliers, or the images of sd")
+    path = {"type": os.path.expanduser, "metavar": "FILE"}
+    parser.add_argument("checkpoint", **path, help="weights of the network whose feature space is "
+                        "searched")
+    parser.add_argument("--teacher", **path, help="another network for the features")
+    parser.add_argument("--out", **path, default="outliers.pt", help="file for the outliers")
     parser.add_argument("--generator", choices=("diffusion", "sd"), default="diffusion",
                         help="of the latents: trained here, or Stable Diffusion v1")
     parser.add_argument("--sd-model", metavar="FOLDER_OR_NAME", help="of the Hugging Face hub",
@@ -495,39 +520,28 @@ def main():
     evaluate.check_common(args)
     if Path(args.out).exists():
         fail(f"{args.out} is there already: remove it, or name another file with --out")
-    if args.show and Path(args.show).suffix.lower() != ".png":
-        fail(f"--show {args.show}: the file must end in .png")
+    size = evaluate.size_of(args.checkpoint, args.size) or models.size_of_stem(args.checkpoint)
     pipe = load_sd(args.sd_model, args.device) if args.generator == "sd" else None
-    data = evaluate.load_set(args.dataset, args.data_root, args.size, ["train"])
+    data = evaluate.load_set(args.dataset, args.data_root, size, ["train"])
     if data.splits["train"][1].bincount().eq(1).any():
         fail(f"a class of {data.name} has a single image, which has no neighbour: add one")
 
     def load(path):
-        net = models.load_network(path, len(data.classes), size=args.size)
-        return models.to_device(net, args.device)
-    net = load(args.checkpoint)
-    if isinstance(net, models.ViT):
-        fail(f"{args.checkpoint} is a ViT, which has no maps: name it by --teacher, and a ResNet")
-    teacher = load(args.teacher) if args.teacher else None
-    for path in (args.out, args.show or args.out):  # where that fails, before the work
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    g = torch.Generator(args.device).manual_seed(10 * args.seed + 2)  # train.py's
+        return evaluate.open_detector(path, data, args.called, args.device).net
+    net, teacher = load(args.checkpoint), args.teacher and load(args.teacher)
+    if isinstance(net, models.Torchvision):
+        fail(f"{args.checkpoint} has no maps: name it by --teacher, and a network of this project")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # where that fails, before the work
+    g = models.generator(args.seed, "synthesize", args.device)
     if pipe:
         features = unit_features(teacher or net, data)
         outliers, words = outlier_words(pipe, data, features, args.per_class, args.sd_latents, g)
-        codes, raw = sd_codes(pipe, net, data, words, g.initial_seed(), args.sd_batch)
-        outliers |= codes
+        outliers |= sd_codes(pipe, net, data, words, g.initial_seed(), args.sd_batch)
     else:
         outliers = synthesize(net, data, args.per_class, args.diffusion_steps, g, teacher)
-    outliers = {name: tensor.cpu() for name, tensor in outliers.items()}
-    evaluate.write(args.out, outliers)
-    if args.show and pipe:
-        save_image(vae_decode(pipe, raw[:16]), args.show)
-    elif args.show:
-        features = unit_features(teacher or net, data).cpu()
-        save_image(nearest_images(outliers, features, data), args.show, nrow=10)
-    print(f"written: {args.out}" + (f", {args.show}" if args.show else ""))
+    evaluate.write(args.out, {name: tensor.cpu() for name, tensor in outliers.items()})
+    print(f"written: {args.out}")
 
 
 if __name__ == "__main__":
-    evaluate.run(main)
+    evaluate.guarded(main)

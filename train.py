@@ -3,21 +3,20 @@
     python train.py                                                # embedded images, no download
     python train.py --dataset cifar100 --data-root DIR             # resnet18, 3 x 100 epochs: a GPU
     python train.py --dataset cifar100 --data-root DIR --arch resnet_small      # a laptop
-    python train.py --dataset FOLDER --ood FOLDER                  # your images, train/CLASS/...
+    python train.py --dataset FOLDER --ood FOLDER                  # your photographs, train/CLASS/...
     torchrun --nproc_per_node=N train.py --dataset cifar100 --data-root DIR
 
 The order of the method is the order of `main`: a cross-entropy network, which is the baseline and
-the student's start; its teacher, trained on from there; outliers made from the network's features
-(synthesize.py); the student, trained on ID images and outliers (losses.py); start and student
-measured side by side (evaluate.py). The sum of the losses is in `OAL.forward`. A weight of 0 leaves
-its term out: `--w-kd 0`.
+the student's start; its teacher; outliers made from the network's features (synthesize.py); the
+student, trained on ID images and outliers (losses.py); start and student measured side by side
+(evaluate.py). The sum of the losses is in `OAL.forward`. A weight of 0 leaves its term out: `--w-kd
+0`. Of a pretrained network (photographs) the last layer alone is trained.
 """
 import copy
 import json
 import math
 import os
 import time
-import zlib
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -45,16 +44,21 @@ TIERS = {
                          crop=1, per_class=50, diffusion_steps=1000),
     "resnet_tiny": dict(ce_epochs=9, teacher_epochs=7, oal_epochs=8, oal_lr=0.01, batch=64,
                         crop=1, per_class=50, diffusion_steps=1000)}
+# A pretrained network, chosen on classes of CIFAR-100 (results/README.md). Its start is a probe: the
+# last layer alone learns, from random resized crops. So does its student, from the start's
+# logits: features are frozen, and there are no maps to distil.
+PROBE = dict(ce_epochs=2, teacher_epochs=2, oal_epochs=2, lr=0.4, oal_lr=0.01, batch=32, crop=None,
+             per_class=50, diffusion_steps=1000, w_kd=0.5, w_maps=0.0)
 # Each stage has at least MIN_STEPS steps, unless --epochs is given. After fewer than 2 MIN_STEPS
 # batch-norm's statistics are computed anew, unless the best epoch is kept. A checkpoint is saved
 # after whole epochs, every CHECKPOINT_STEPS steps or more.
 MIN_STEPS, CHECKPOINT_STEPS = 200, 20
 # Weights of the student's losses beside cross-entropy. 'released': those of the paper's code.
-RECIPES = {"oal": dict(w_kd=4.0, w_feat=16.0, w_boundary=0.0, w_latent=1.0),
-           "released": dict(w_kd=4.0, w_feat=8.0, w_boundary=0.1, w_latent=0.2,
+RECIPES = {"oal": dict(w_kd=4.0, w_maps=16.0, w_boundary=0.0, w_micl=1.0),
+           "released": dict(w_kd=4.0, w_maps=8.0, w_boundary=0.1, w_micl=0.2,
                             oal_lr=0.005, oal_epochs=100)}
-# The ViT teacher is fine-tuned by Adam, as released.
-VIT = dict(epochs=50, lr=1e-6, head_lr=1e-4)
+# A teacher with ImageNet weights is fine-tuned by Adam, as released for CIFAR-100.
+FINE_TUNING = dict(lr=1e-4, epochs=50)
 # SGD settings of the projection of a teacher's features, of the CLUBs, of MICL's a and tau.
 PARTS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(lr=1e-4),
          "critic": dict(weight_decay=0.0)}
@@ -73,38 +77,62 @@ def main():
     options, device = args.options, join_processes(args.device)
     data, start, teacher, outliers = load_inputs(args, device)
     if args.benchmark:
-        return benchmark(args.out, options, data, start, teacher)
+        return benchmark(args.out, options, data, start.net, teacher and teacher.net)
     run = begin_run(options, args.out, args.resume, data)
+    start, start_made, foreign = start.net, start.made, []  # files that this recipe does not make
+    if args.ce and start_made != made("ce", run):
+        foreign.append(f"--ce {Path(args.ce).name}")
 
     # 1. The start: a cross-entropy network. If ce.pt exists, this run is being resumed.
     if not (run.out / "ce.pt").exists():
         if not args.ce:
-            train("ce", CrossEntropy(start, data), data, run)
-        save_network("ce", start, data, run)
+            train("ce", CrossEntropy(start), data, run)
+        save_network("ce", start, data, run, made=start_made if args.ce else made("ce", run))
     load_weights(start, run.out / "ce.pt")
+    own = evaluate.digest(start)
 
-    # 2. The teacher: a second cycle of the same recipe, on from the start; or a ViT, fine-tuned.
-    if teacher is not None and args.teacher in (None, "vit_b_16"):
+    # 2. The teacher: a second cycle of the same recipe, on from the start; or a network of ImageNet,
+    # fine-tuned; or a file. A pretrained start is its own teacher.
+    kin = teacher is not None and not is_name(args.teacher)  # has it grown from the start?
+    if args.teacher and not is_name(args.teacher):
+        kin = teacher.start == own
+        if not kin or teacher.made != made("teacher", run):
+            foreign.append(f"--teacher {Path(args.teacher).name}")
+    teacher = teacher and teacher.net
+    if args.pretrained and not args.teacher:
+        teacher, kin = copy.deepcopy(start), True
+    elif teacher is not None and (not args.teacher or is_name(args.teacher)):
         if not (run.out / "teacher.pt").exists():
             if not args.teacher:
                 load_weights(teacher, run.out / "ce.pt")
-            train("teacher", CrossEntropy(teacher, data), data, run)
-            save_network("teacher", teacher, data, run)
+            train("teacher", CrossEntropy(teacher), data, run)
+            save_network("teacher", teacher, data, run, made=made("teacher", run),
+                         start=own if kin else "")
         load_weights(teacher, run.out / "teacher.pt")
 
-    # 3. Outliers, from the start's maps and features, or from its maps and the ViT's features.
+    # 3. Outliers, from the start's maps and features; those of a teacher that has not grown from it
+    # take the place of its features.
     if needs_outliers(options):
+        searched = start if kin or teacher is None else teacher
         if not (run.out / "outliers.pt").exists():
-            save_outliers(start, teacher, outliers, data, run)
-        outliers = synthesize.read_outliers(run.out / "outliers.pt", start, args.size)
+            save_outliers(start, searched, outliers, data, run)
+        outliers = synthesize.read_outliers(run.out / "outliers.pt", start)
+        if not outliers.get("network", synthesize.as_bytes(own)).cpu().equal(
+                synthesize.as_bytes(own)):
+            fail(f"{args.outliers} was not made from the start of this run: name the outliers.pt "
+                 "that belongs to --ce")
+        seed = models.generator(options["seed"], "synthesize").initial_seed()
+        settings = synthesize.settings_of(searched, options["per_class"],
+                                          options["diffusion_steps"], seed)
+        if not settings.equal(outliers.get("settings", 0 * settings).cpu()):
+            foreign.append(f"--outliers {Path(args.outliers).name}")
 
     # 4. The student, which starts as the start.
-    student = models.to_device(build(options, len(data.classes)), device)
+    student = copy.deepcopy(start)
     if not (run.out / "student.pt").exists():
-        load_weights(student, run.out / "ce.pt")
-        objective = student_objective(student, teacher, outliers, data, options)
+        objective = student_objective(student, teacher, kin, outliers, data, options)
         train("oal", objective, data, run)
-        save_network("student", student, data, run, getattr(objective, "critic", None))
+        save_network("student", student, data, run, outliers, start=own, made=made("oal", run))
     load_weights(student, run.out / "student.pt")
 
     # 5. Start and student on the benchmark, in the first process; the others are done.
@@ -112,7 +140,7 @@ def main():
     if dist.is_initialized():
         dist.destroy_process_group()
     if first:
-        report(args, run, data, {"ce": start, "oal": student})
+        report(args, run, data, label(args, foreign))
 
 
 # --- Objectives.
@@ -123,48 +151,46 @@ def main():
 class CrossEntropy(nn.Module):
     """The objective of the start and of the teacher."""
 
-    def __init__(self, net, data):
+    def __init__(self, net):
         super().__init__()
-        self.net, self.scale = net, (data.mean, data.std)
+        self.net = net
 
     def forward(self, x, y, g):
         with models.autocast(x.device):
-            ce = F.cross_entropy(self.net(models.normalize(x, *self.scale)), y)
+            ce = F.cross_entropy(self.net(self.net.prepare(x)), y)
         return ce, {"ce": ce}
 
 
 class OAL(nn.Module):
-    """Cross-entropy + w_kd KD(logits) + w_feat KD(maps) + w_latent MICL(outlier maps).
+    """Cross-entropy + w_kd KD(logits) + w_maps KD(maps) + w_micl MICL(outlier maps).
 
-    A teacher of another shape, such as a ViT, has its features projected and distilled, as
-    released, in place of its maps.
+    A teacher that has not grown from the start (kin) has its features projected and distilled, as
+    released, in place of its maps. --contrast oe has Outlier Exposure's loss in MICL's place.
     """
 
-    def __init__(self, net, teacher, outliers, data, options):
+    def __init__(self, net, teacher, kin, outliers, data, options):
         super().__init__()
-        self.net, self.scale, self.outliers = net, (data.mean, data.std), outliers
-        self.w = {name: options[f"w_{name}"] for name in ("kd", "feat", "latent")}
+        self.net, self.outliers, self.kin = net, outliers, kin
+        self.w = {name: options[f"w_{name}"] for name in ("kd", "maps", "micl")}
         self.noise = options["outliers"] == "noise"
         self.teacher = self.projection = self.critic = None
         if teacher is not None:
-            self.teacher = models.frozen(teacher, *self.scale)
-            if isinstance(teacher, models.ViT) or teacher.fc.in_features != net.fc.in_features:
+            self.teacher = models.frozen(teacher)
+            if self.w["maps"] and not kin:
                 self.projection = models.projection(teacher.fc.in_features, net.fc.in_features)
-        if self.w["latent"]:
+        if self.w["micl"] and options["contrast"] == "micl":
             images, _ = data.splits["train"]
-            spread = images[::max(1, len(images) // 5000)]  # lists are sorted by class
-            self.critic = losses.MICL.start(*models.predict(net, spread, *self.scale))
+            some = images[::max(1, len(images) // 5000)]  # lists are sorted by class
+            self.critic = losses.MICL.start(*models.predict(net, some))
 
     def forward(self, x, y, g):
         n = len(y)
         with models.autocast(x.device):
-            maps = self.net.lower(models.normalize(x, *self.scale))   # [B, 2W, S/R, S/R]
-            if self.critic:
+            maps = self.net.lower(self.net.prepare(x))                # [B, 2W, S/R, S/R]
+            if self.w["micl"]:
                 # Outliers join the batch, a quarter as many as images: in a pass of their own the
                 # network would learn to tell them by their batch-norm statistics.
-                draws = torch.rand(processes() * max(1, n // 4), 3, generator=g, device=x.device)
-                added = synthesize.outlier_maps(maps, self.outliers, own_rows(draws),
-                                                g if self.noise else None)
+                added = draw_outliers(maps, self.outliers, max(1, n // 4), self.noise, g)
                 maps = torch.cat([maps, added.to(maps)])              # [B + M, 2W, S/R, S/R]
                 maps = maps.contiguous(memory_format=torch.channels_last)
             features, later = self.net.upper(maps, return_maps=True)  # [B + M, D]
@@ -172,18 +198,20 @@ class OAL(nn.Module):
             if self.teacher:
                 teacher_logits, teacher_features, teacher_maps = self.teacher(x)
         ce = F.cross_entropy(logits[:n], y)
-        kd = feat = micl = torch.zeros_like(ce)
-        if self.teacher:
+        kd = feature_kd = micl = torch.zeros_like(ce)
+        if self.teacher and self.w["kd"]:
             kd = losses.distill(logits[:n], teacher_logits)
-        if self.teacher and self.projection:
-            feat = losses.distill(features[:n], self.projection(teacher_features))
-        elif self.teacher:
-            feat = losses.distill_maps([stage[:n] for stage in (maps, *later)], teacher_maps)
+        if self.projection:
+            feature_kd = losses.distill(features[:n], self.projection(teacher_features))
+        elif self.teacher and self.w["maps"]:
+            feature_kd = losses.distill_maps([stage[:n] for stage in (maps, *later)], teacher_maps)
         if self.critic:
             is_id = torch.arange(len(logits), device=x.device) < n
             micl = self.critic(logits, features, is_id)
-        loss = ce + self.w["kd"] * kd + self.w["feat"] * feat + self.w["latent"] * micl
-        return loss, {"ce": ce, "kd": kd, "feat": feat, "latent": micl}
+        elif self.w["micl"]:
+            micl = losses.outlier_exposure(logits[n:])
+        loss = ce + self.w["kd"] * kd + self.w["maps"] * feature_kd + self.w["micl"] * micl
+        return loss, {"ce": ce, "kd": kd, "maps": feature_kd, "micl": micl}
 
 
 class Released(nn.Module):
@@ -194,37 +222,40 @@ class Released(nn.Module):
     CLUB has a deeper mean net (openood/losses/deep_mi_loss.py).
     """
 
-    def __init__(self, net, teacher, outliers, data, options):
+    def __init__(self, net, teacher, kin, outliers, data, options):
         super().__init__()
-        self.net, self.scale, self.outliers = net, (data.mean, data.std), outliers
-        self.w = {name: options[f"w_{name}"] for name in ("kd", "feat", "boundary", "latent")}
-        self.teacher = self.boundary = self.latent = None
+        self.net, self.outliers = net, outliers
+        self.w = {name: options[f"w_{name}"] for name in ("kd", "maps", "boundary", "micl")}
+        self.teacher = self.projection = self.boundary = self.latent = None
         dim = net.fc.in_features
         if teacher is not None:
-            self.teacher = models.frozen(teacher, *self.scale)
+            self.teacher = models.frozen(teacher)
+        if teacher is not None and self.w["maps"]:
             self.projection = models.projection(teacher.fc.in_features, dim)
         if self.w["boundary"]:
             self.boundary = losses.CLUB(outliers["boundary"].shape[1], dim, 512)
-        if self.w["latent"]:
+        if self.w["micl"]:
             self.released = outliers.get("released", outliers["latent"])
             self.latent = losses.CLUB(self.released.shape[1], dim, 512, deeper=(32, 16))
 
     def forward(self, x, y, g):
-        logits, features = self.net(models.normalize(x, *self.scale), return_feature=True)
+        logits, features = self.net(self.net.prepare(x), return_feature=True)
         ce = F.cross_entropy(logits, y)
-        kd = feat = boundary = latent = torch.zeros_like(ce)
+        kd = feature_kd = boundary = latent = torch.zeros_like(ce)
         if self.teacher:
             teacher_logits, teacher_features, _ = self.teacher(x)
+        if self.teacher and self.w["kd"]:
             kd = losses.distill(logits, teacher_logits)
-            feat = losses.distill(features, self.projection(teacher_features))
+        if self.projection:
+            feature_kd = losses.distill(features, self.projection(teacher_features))
         if self.boundary:
             drawn = random_rows(self.outliers["boundary"], len(y), g)  # [B, O]
             boundary = self.boundary(drawn, features)
         if self.latent:
             latent = self.latent(random_rows(self.released, len(y), g), features)
-        loss = (ce + self.w["kd"] * kd + self.w["feat"] * feat
-                + self.w["boundary"] * boundary + self.w["latent"] * latent)
-        return loss, {"ce": ce, "kd": kd, "feat": feat, "boundary": boundary, "latent": latent}
+        loss = (ce + self.w["kd"] * kd + self.w["maps"] * feature_kd
+                + self.w["boundary"] * boundary + self.w["micl"] * latent)
+        return loss, {"ce": ce, "kd": kd, "maps": feature_kd, "boundary": boundary, "micl": latent}
 
 
 class VOS(nn.Module):
@@ -232,17 +263,17 @@ class VOS(nn.Module):
 
     def __init__(self, net, data, options):
         super().__init__()
-        self.net, self.scale = net, (data.mean, data.std)
+        self.net = net
         self.vos = losses.VOS(net.fc.out_features)
         images, labels = data.splits["train"]
-        _, features = models.predict(net, images, *self.scale)
+        _, features = models.predict(net, images)
         outliers = synthesize.gaussian_outliers(features, labels.cpu(), options["per_class"],
-                                                generator(options["seed"], "synthesize"))
+                                                models.generator(options["seed"], "synthesize"))
         self.outliers = outliers.to(images.device)  # [M, D]
 
     def forward(self, x, y, g):
         with models.autocast(x.device):
-            logits = self.net(models.normalize(x, *self.scale))
+            logits = self.net(self.net.prepare(x))
         chosen = torch.randint(len(self.outliers), (processes() * len(y),), generator=g,
                                device=x.device)
         outlier_logits = self.net.classify(self.outliers[own_rows(chosen)])
@@ -250,24 +281,46 @@ class VOS(nn.Module):
         return ce + 0.1 * vos, {"ce": ce, "vos": vos}
 
 
-def student_objective(student, teacher, outliers, data, options):
+def student_objective(student, teacher, kin, outliers, data, options):
     """The objective of the recipe or peer. Fresh weights of its parts depend on the seed alone."""
     teacher = teacher if distils(options) else None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(options["seed"], "heads").initial_seed())
+        torch.manual_seed(models.generator(options["seed"], "heads").initial_seed())
         if options["peer"]:
             return VOS(student, data, options)
         kind = {"oal": OAL, "released": Released}[options["recipe"]]
-        return kind(student, teacher, outliers, data, options)
+        return kind(student, teacher, kin, outliers, data, options)
 
 
 def distils(options):
-    return bool(options["w_kd"] or options["w_feat"])
+    return bool(options["w_kd"] or options["w_maps"])
 
 
 def needs_outliers(options):
     """Noise needs none."""
-    return bool(options["w_latent"] and options["outliers"] != "noise" or options["w_boundary"])
+    return bool(options["w_micl"] and options["outliers"] != "noise" or options["w_boundary"])
+
+
+def draw_outliers(maps, outliers, n, noise, g):
+    """Maps of ID images [B, C, H, W] -> n outlier maps of this process; noise: the control."""
+    draws, normal = torch.rand(processes() * n, 3, generator=g, device=maps.device), None
+    if noise:
+        normal = torch.randn((len(draws), *maps.shape[1:]), generator=g, device=maps.device)
+        normal = own_rows(normal)
+    return synthesize.outlier_maps(maps, outliers, own_rows(draws), normal)
+
+
+@torch.no_grad()
+def outlier_outputs(net, data, outliers, options):
+    """Outliers of the validation images, in test mode -> (logits [M, C], features [M, D])."""
+    images, _ = data.splits["val"]
+    found, g = [], models.generator(options["seed"], "critic", net.fc.weight.device)
+    for maps, _ in models.feature_batches(net, images):
+        added = draw_outliers(maps, outliers, models.BATCH, options["outliers"] == "noise", g)
+        with models.autocast(maps.device):
+            found.append(net.upper(added.to(maps)))
+    features = torch.cat(found)
+    return net.classify(features).cpu(), features.cpu()
 
 
 def random_rows(outliers, n, g):
@@ -284,30 +337,40 @@ def random_rows(outliers, n, g):
 def train(stage, objective, data, run):
     """Trains the objective's submodules in place, for the stage of that name.
 
-    By SGD, a ViT by Adam; the rate falls to 0 along a cosine, step by step. The released recipe and
-    a ViT keep the best of their checkpoints on the validation images. A resumed run goes on from
-    checkpoint.pt.
+    By SGD; the rate falls to 0 along a cosine, step by step. A teacher of ImageNet learns by Adam,
+    and it and the released recipe keep the best of their checkpoints on the validation images. A
+    resumed run goes on from checkpoint.pt.
     """
     options, net, (images, labels) = run.options, objective.net, data.splits["train"]
+    fine_tuned = stage == "teacher" and is_name(options["teacher"])
+    probe = options["pretrained"] and stage != "teacher"
     net.requires_grad_()
     models.to_device(objective, images.device).train()
+    if probe:  # the last layer alone learns; batch norm stays as ImageNet has left it
+        net.requires_grad_(False).eval()
+        net.fc.requires_grad_()
     batch = min(options["batch"], len(images))
     per_epoch = (len(images) - 2 * processes()) // batch + 1  # no batch of 1 image
     epochs = options["epochs"] or max(options[f"{stage}_epochs"], math.ceil(MIN_STEPS / per_epoch))
-    steps, step, order, best = epochs * per_epoch, 0, None, {"accuracy": -1.0}
+    steps, step, best = epochs * per_epoch, 0, {"accuracy": -1.0}
     period = per_epoch * math.ceil(CHECKPOINT_STEPS / per_epoch)
-    rate = options["oal_lr"] if stage == "oal" else SGD["lr"] * batch / 128
-    optimizer = optimizer_for(objective, rate)
+    rate = options["oal_lr"] if stage == "oal" else options.get("lr", SGD["lr"]) * batch / 128
+    if fine_tuned:
+        optimizer = torch.optim.Adam(net.parameters(), FINE_TUNING["lr"])
+    else:
+        groups = [{"params": [p for p in part.parameters() if p.requires_grad],
+                   **PARTS.get(name, {})} for name, part in objective.named_children()]
+        optimizer = torch.optim.SGD(groups, **{**SGD, "lr": rate})
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
-    g = generator(options["seed"], stage, images.device)
+    g = models.generator(options["seed"], stage, images.device)
     state = dict(objective=objective, optimizer=optimizer, schedule=schedule)
     saved = load_checkpoint(run.out) if run.out else {}
     if saved.get("stage") == stage:
         for name, part in state.items():
             part.load_state_dict(saved[name])
         g.set_state(saved["generator"])
-        step, order, best = saved["step"], saved["order"].to(images.device), saved["best"]
+        step, best = saved["step"], saved["best"]
     engine = parallel(objective, images.device)
 
     # pending: losses not read yet. To read one is to wait for the device.
@@ -317,7 +380,8 @@ def train(stage, objective, data, run):
         if place == 0:
             order = torch.randperm(len(images), generator=g, device=images.device)
         index = order[place * batch:(place + 1) * batch]
-        x, y = own_rows(augment(images[index], options["crop"], g)), own_rows(labels[index])
+        x = resized_crop(images[index], g) if probe else augment(images[index], options["crop"], g)
+        x, y = own_rows(x), own_rows(labels[index])
         loss, terms = engine(x, y, g)
         optimizer.zero_grad()
         loss.backward()
@@ -327,7 +391,8 @@ def train(stage, objective, data, run):
 
         pending.append(torch.stack([term.detach() for term in (*terms.values(), loss)]))
         period_ends = step % period == 0 or step == steps
-        if not period_ends and step % 100:
+        slow = time.perf_counter() - begun > 8
+        if not period_ends and step % 100 and not slow:
             continue
         values, elapsed = torch.stack(pending).cpu(), time.perf_counter() - begun  # [steps, terms]
         finite, names = values.isfinite().all(1), [*terms, "sum"]
@@ -345,28 +410,16 @@ def train(stage, objective, data, run):
                   f"{batch / per_step:.0f} images/s, {(steps - step) * per_step:.0f} s left",
                   flush=True)
         if period_ends and run.out:
-            if options["recipe"] == "released" or isinstance(net, models.ViT):
+            if options["recipe"] == "released" or fine_tuned:
                 best = better(best, net, data)
             parts = {name: part.state_dict() for name, part in state.items()}
-            save_checkpoint(run, {"stage": stage, "step": step, "order": order, "best": best,
+            save_checkpoint(run, {"stage": stage, "step": step, "best": best,
                                   "generator": g.get_state(), **parts})
         begun, pending = time.perf_counter(), []
     if "net" in best:
         net.load_state_dict(best["net"])
-    elif run.out and steps < 2 * MIN_STEPS:
-        models.renew_statistics(net, images, data.mean, data.std)
-
-
-def optimizer_for(objective, rate):
-    """SGD over the objective's parts, each by its own settings (PARTS); Adam for a ViT."""
-    if isinstance(objective.net, models.ViT):
-        head = list(objective.net.fc.parameters())
-        body = [p for name, p in objective.net.named_parameters() if not name.startswith("heads.")]
-        return torch.optim.Adam([{"params": body, "lr": VIT["lr"]},
-                                 {"params": head, "lr": VIT["head_lr"]}])
-    groups = [{"params": list(part.parameters()), **PARTS.get(name, {})}
-              for name, part in objective.named_children()]
-    return torch.optim.SGD(groups, **{**SGD, "lr": rate})
+    elif run.out and steps < 2 * MIN_STEPS and not probe:
+        models.renew_statistics(net, images)
 
 
 def augment(images, pad, g):
@@ -381,20 +434,29 @@ def augment(images, pad, g):
     return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
+def resized_crop(images, g):
+    """uint8 [B, 3, S, S] -> the same shape: random boxes of a quarter to all of the area, and of 3:4
+    to 4:3, enlarged; random flip.
+    """
+    area, ratio, x, y, flip = torch.rand(5, len(images), generator=g, device=images.device)
+    area, ratio = 0.25 + 0.75 * area, (4 / 3) ** (2 * ratio - 1)
+    width, height = ((area * r).sqrt().clamp_max(1) for r in (ratio, 1 / ratio))  # of 1, the side
+    zero, sign = torch.zeros_like(width), 1 - 2 * (flip < 0.5).float()
+    across = torch.stack([sign * width, zero, (2 * x - 1) * (1 - width)], dim=1)  # [B, 3]
+    down = torch.stack([zero, height, (2 * y - 1) * (1 - height)], dim=1)
+    grid = F.affine_grid(torch.stack([across, down], 1), images.shape, align_corners=False)
+    out = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return out.round().to(torch.uint8)
+
+
 def better(best, net, data):
     """`best`, or the network as it is now if its validation accuracy is as high or higher."""
     images, labels = data.splits["val"]
-    logits, _ = models.predict(net, images, data.mean, data.std)
+    logits, _ = models.predict(net, images)
     accuracy = (logits.argmax(1) == labels).double().mean().item()
     if accuracy < best["accuracy"]:
         return best
     return {"accuracy": accuracy, "net": copy.deepcopy(net.state_dict())}
-
-
-def generator(seed, stage, device="cpu"):
-    """A stage draws the same numbers whether or not earlier stages ran in this process."""
-    stages = ("weights", "ce", "synthesize", "oal", "teacher", "heads")
-    return torch.Generator(device).manual_seed(10 * seed + stages.index(stage))
 
 
 # --- Processes: torchrun starts several, each for its share of every batch.
@@ -455,15 +517,16 @@ def parallel(objective, device):
 def load_inputs(args, device):
     """What a run begins with -> (data, start, teacher, outliers), checked before any training.
 
-    The training images are on the device. teacher: fresh weights if it is still to be trained, None
-    if there is neither --teacher nor distillation. outliers: those of --outliers FILE, or None.
+    The training images are on the device. start and teacher: Detectors of --ce and --teacher FILE,
+    or of fresh or ImageNet weights, still to be trained. teacher: None if there is neither
+    --teacher nor distillation. outliers: those of --outliers FILE, or None.
     """
     options = args.options
     if not is_first():
         barrier()  # the first process downloads and decodes, the others read what it has left
     # All sets for the first process, which measures; for the others what they train on.
     wanted, ood = (None, args.ood) if is_first() else (("train", "val"), ())
-    data = evaluate.load_set(args.dataset, args.data_root, args.size, wanted, ood)
+    data = evaluate.load_set(args.dataset, args.data_root, options["size"], wanted, ood)
     images, labels = data.splits["train"]
     classes = len(data.classes)
     if labels.bincount(minlength=classes).min() < 2:
@@ -471,43 +534,63 @@ def load_inputs(args, device):
     most = 1 if args.benchmark else min(options["batch"], len(images)) // 4
     if processes() > most:
         fail(f"{processes()} processes are too many: --benchmark takes 1, this run {most} at most")
-    if args.ce:
-        start = models.load_network(args.ce, classes, args.arch, args.size)
-    else:
-        start = build(options, classes)
+
+    def opened(path):
+        return evaluate.open_detector(path, data, args.called, device)
+
+    def fresh(name=None):  # ImageNet's weights of that name, or those of the seed
+        if name:
+            size = max(96, options["size"])  # smaller images are enlarged for a teacher
+            net = models.build_pretrained(name, classes, size, args.data_root)
+        else:
+            net = models.set_scale(build(options, classes), data.mean, data.std)
+        return evaluate.Detector(models.to_device(net, device), {})
     teacher = outliers = None
-    if args.teacher == "vit_b_16":
-        teacher = models.load_imagenet_vit(classes, args.data_root)
-    elif args.teacher:
-        teacher = models.load_network(args.teacher, classes, size=args.size)
-    elif distils(options):
-        teacher = build(options, classes)
+    start = opened(args.ce) if args.ce else fresh(args.pretrained)
+    if args.teacher:
+        teacher = fresh(args.teacher) if is_name(args.teacher) else opened(args.teacher)
+    elif distils(options) and not args.pretrained:
+        teacher = fresh()
     if args.outliers not in ("diffusion", "noise"):
-        outliers = synthesize.read_outliers(args.outliers, start, args.size)
-        own = synthesize.network_id(start)
-        if args.ce and not outliers.get("network", own).equal(own):
+        outliers = synthesize.read_outliers(args.outliers, start.net)
+        own = synthesize.as_bytes(evaluate.digest(start.net))
+        if args.ce and not outliers.get("network", own).cpu().equal(own):
             fail(f"{args.outliers} was not made from {args.ce}: name the outliers.pt of its run")
     if is_first():
         if data.missing():
             print(f"missing, and left out of the means: {', '.join(data.missing())}", flush=True)
+        n = len(data.splits["val"][1])
+        print(f"thresholds are of {n} validation images: {evaluate.worth(n)}", flush=True)
         barrier()
     data.splits["train"] = images.to(device), labels.to(device)
-    data = data._replace(mean=data.mean.to(device), std=data.std.to(device))
-    return (data, models.to_device(start, device), teacher and models.to_device(teacher, device),
-            outliers)
+    return data, start, teacher, outliers
+
+
+def is_name(teacher):
+    """Whether --teacher names a network of ImageNet, and no file."""
+    return teacher in (*models.PRETRAINED, *models.torchvision_names())
 
 
 def build(options, classes):
     """A network of the run's arch, whose fresh weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(options["seed"], "weights").initial_seed())
+        torch.manual_seed(models.generator(options["seed"], "weights").initial_seed())
         return models.build(options["arch"], classes, options["size"])
+
+
+def made(stage, run):
+    """A text: what decides the weights of a stage, beside the network that it starts from."""
+    options = run.options
+    epochs = options["epochs"] or options[f"{stage}_epochs"]
+    how = {"ce": options["pretrained"], "teacher": options["teacher"] if is_name(
+        options["teacher"]) else None, "oal": options["recipe"]}[stage]
+    return (f"{stage}, {options['arch']}, {how}, {epochs} epochs, seed {options['seed']}, images "
+            f"{run.digest:08x}")
 
 
 def begin_run(options, out, resume, data):
     """The folder --out, empty or to be resumed by the same options on the same images -> a Run."""
-    images, labels = (part.cpu().contiguous().numpy().data for part in data.splits["train"])
-    run = Run(options, zlib.crc32(labels, zlib.crc32(images)), out,
+    run = Run(options, evaluate.digest_of(*data.splits["train"]), out,
               {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0})
     if resume and (out / "checkpoint.pt").exists():
         saved = load_checkpoint(out)
@@ -525,6 +608,9 @@ def begin_run(options, out, resume, data):
     barrier()  # until every process has looked
     save_checkpoint(run, {"stage": "begun"})
     barrier()  # before another reads it
+    if not (out / "checkpoint.pt").exists():
+        fail(f"{out} is not the folder of the first process: --out must lie on a disk that all "
+             "nodes share")
     return run
 
 
@@ -541,17 +627,22 @@ def load_checkpoint(out):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if {"options", "digest", "seconds", "stage"} <= saved.keys():
             return saved
-    except Exception:  # cut short, or another program's
-        pass
+    except Exception as problem:  # cut short, or another program's
+        if models.out_of_memory(problem):
+            raise
     fail(f"{path} is not a checkpoint of this program: remove it, or name another --out")
 
 
-def save_network(name, net, data, run, critic=None):
+def save_network(name, net, data, run, outliers=None, **texts):
     """Writes NAME.detector.pt and NAME.pt, in the first process; the others wait."""
     barrier()  # until every process has looked for the file
     if is_first():
-        arch = "ViT" if isinstance(net, models.ViT) else run.options["arch"]
-        detector = evaluate.detector_of(net, arch, data, critic)
+        options = run.options
+        added = None
+        if name == "student" and options["recipe"] == "oal" and options["w_micl"]:
+            added = outlier_outputs(net, data, outliers, options)
+        score = "micl_knn" if options["pretrained"] and name != "teacher" else "micl"
+        detector = evaluate.describe_detector(net, data, score, added, **texts)
         evaluate.write(run.out / f"{name}.detector.pt", detector)
         evaluate.write(run.out / f"{name}.pt", on_cpu(net.state_dict()))
     barrier()
@@ -565,15 +656,14 @@ def load_weights(net, path):
         fail(f"{path} is not a network of this run ({str(problem):.200}): name another --out")
 
 
-def save_outliers(start, teacher, outliers, data, run):
+def save_outliers(start, searched, outliers, data, run):
     """Writes outliers.pt, given or made here, in the first process; the others wait."""
     barrier()
     if is_first():
         begun, options = time.perf_counter(), run.options
-        vit = teacher if isinstance(teacher, models.ViT) else None
         outliers = outliers or synthesize.synthesize(
             start, data, options["per_class"], options["diffusion_steps"],
-            generator(options["seed"], "synthesize", data.mean.device), vit)
+            models.generator(options["seed"], "synthesize", start.fc.weight.device), searched)
         run.seconds["synthesize"] = time.perf_counter() - begun
         save_checkpoint(run, {"stage": "synthesize"})
         evaluate.write(run.out / "outliers.pt", on_cpu(outliers))
@@ -584,16 +674,16 @@ def on_cpu(tensors):
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-def report(args, run, data, nets):
-    """Measures the networks {"ce", "oal"}, writes results.json, prints the tables."""
+def report(args, run, data, label):
+    """Measures start and student, writes results.json, prints the tables."""
     begun, measured = time.perf_counter(), {}
-    for name, net in nets.items():
-        ref = evaluate.reference(net, data)
-        measured[name], _ = evaluate.evaluate(net, data, list(evaluate.SCORES), ref)
+    for name, file in (("ce", "ce.pt"), ("oal", "student.pt")):
+        measured[name], _ = evaluate.measure_file(run.out / file, data, list(evaluate.SCORES),
+                                                  args.device)
     seconds = {**run.seconds, "evaluate": time.perf_counter() - begun}
     seconds["total"] = sum(seconds.values())
-    results = {**evaluate.describe("train.py", data, args.size, args.device),
-               "arch": run.options["arch"], "seed": run.options["seed"], "label": args.label,
+    results = {**evaluate.describe("train.py", data, run.options["size"], args.device),
+               "arch": run.options["arch"], "seed": run.options["seed"], "label": label,
                "options": run.options, "seconds": seconds, "models": measured}
     evaluate.write(run.out / "results.json", json.dumps(results, indent=1))
     print("\n".join(evaluate.tables([results])))
@@ -613,17 +703,17 @@ def benchmark(out, options, data, net, teacher):
     device, batch = images.device, min(options["batch"], len(images))
     steps = min(10, len(images) // batch)
     data.splits["train"] = images[:steps * batch], labels[:steps * batch]
-    teacher = teacher or models.to_device(build(options, len(data.classes)), device)
-    maps, _ = next(models.feature_batches(net, images[:steps * batch], data.mean, data.std))
+    teacher = teacher or copy.deepcopy(net)
+    maps, _ = next(models.feature_batches(net, images[:steps * batch]))
     codec = synthesize.fit_codec(maps)
     outliers = {"boundary": torch.randn(200, net.fc.in_features, device=device),
                 "latent": torch.randn(200, len(codec["basis"]), device=device),
                 "inlier": torch.randn(200, len(codec["basis"]), device=device), **codec}
     run = Run({**options, "epochs": 1}, 0, None, {"ce": 0.0, "oal": 0.0})
-    ce, oal = CrossEntropy(net, data), student_objective(net, teacher, outliers, data, options)
+    ce = CrossEntropy(net)
+    oal = student_objective(net, teacher, not options["teacher"], outliers, data, options)
     optimizer = torch.optim.SGD(net.parameters(), **SGD)
-    x, y = models.normalize(images[:batch], data.mean, data.std), labels[:batch]
-    added = maps[:batch // 4]
+    x, y, added = net.prepare(images[:batch]), labels[:batch], maps[:batch // 4]
 
     def bare(loss, backward=True, step=True):
         net.train()
@@ -638,11 +728,12 @@ def benchmark(out, options, data, net, teacher):
 
     parts = {
         "bare": lambda: bare(lambda: F.cross_entropy(net(x), y)),
-        "teacher_forward": lambda: bare(lambda: teacher(x), backward=False, step=False),
+        "teacher_forward": lambda: bare(lambda: teacher(teacher.prepare(images[:batch])),
+                                        backward=False, step=False),
         "outliers": lambda: bare(lambda: net.classify(net.upper(added)).mean(), step=False),
         "ce_step": lambda: train("ce", ce, data, run),
         "oal_step": lambda: train("oal", oal, data, run),
-        "test_pass": lambda: models.predict(net, images[:steps * batch], data.mean, data.std)}
+        "test_pass": lambda: models.predict(net, images[:steps * batch])}
     seconds = {name: [] for name in parts}
     for _ in range(4):
         for name, part in parts.items():
@@ -654,7 +745,7 @@ def benchmark(out, options, data, net, teacher):
     best = {name: min(times[1:]) for name, times in seconds.items()}
     outlier_pass = best.pop("outliers")
     bare_oal = best["bare"] + best["teacher_forward"] * distils(options)
-    if options["recipe"] == "oal" and options["w_latent"]:
+    if options["recipe"] == "oal" and options["w_micl"]:
         bare_oal += outlier_pass
     result = {"images_per_second": {name: steps * batch / time for name, time in best.items()},
               "ratio": {"ce": best["ce_step"] / best["bare"], "oal": best["oal_step"] / bare_oal}}
@@ -668,59 +759,107 @@ def benchmark(out, options, data, net, teacher):
 def parse_args():
     """-> the arguments, not changed any more; args.options hold what decides the weights."""
     parser = evaluate.common_parser(__doc__)
+    file = {"type": os.path.expanduser}
     parser.add_argument("--ood", nargs="+", action="extend", default=[], type=evaluate.folder,
                         metavar="FOLDER", help="folders of your own OOD images")
-    parser.add_argument("--out", help="folder for everything that is written (runs/DATASET)")
+    parser.add_argument("--out", **file, help="folder for everything that is written "
+                        "(runs/DATASET)")
     parser.add_argument("--seed", type=evaluate.SEED, default=0)
-    parser.add_argument("--arch", choices=models.ARCHS, help="resnet_tiny on shapes, else resnet18")
+    parser.add_argument("--arch", choices=models.ARCHS, help="a network trained from nothing "
+                        "(resnet_tiny on shapes, resnet18 on CIFAR)")
+    parser.add_argument("--pretrained", choices=models.PRETRAINED, help="a network with ImageNet "
+                        "weights (efficientnet_lite0 on a FOLDER)")
     parser.add_argument("--epochs", type=evaluate.POSITIVE, help="of each stage (the arch's own)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
-    parser.add_argument("--ce", metavar="FILE", help="start from this cross-entropy network")
-    parser.add_argument("--teacher", metavar="{vit_b_16,FILE}",
-                        help="distil from this network: one that has grown from --ce, or a ViT, "
-                        "which also finds the boundary; vit_b_16: ImageNet's, fine-tuned here")
+    parser.add_argument("--ce", **file, metavar="FILE", help="start from this network")
+    parser.add_argument("--teacher", **file, metavar="{NAME,FILE}",
+                        help="distil from this network: a classifier of torchvision by its NAME, "
+                        "with ImageNet weights, fine-tuned here, or a FILE of ours")
     parser.add_argument("--recipe", choices=RECIPES, default="oal",
                         help="released: that of the paper's code")
     parser.add_argument("--peer", choices=["vos"], help="train the student by this method instead")
-    parser.add_argument("--outliers", default="diffusion", metavar="{diffusion,noise,FILE}",
+    parser.add_argument("--contrast", choices=["micl", "oe"], default="micl",
+                        help="oe: the loss of Outlier Exposure in place of MICL")
+    parser.add_argument("--outliers", default="diffusion", **file, metavar="{diffusion,noise,FILE}",
                         help="noise in place of drawn steps; or an outliers.pt of the same --ce")
     for name in RECIPES["oal"]:
         parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.FINITE,
                             help="weight of the term; 0 leaves it out")
     args = parser.parse_args()
-    evaluate.check_common(args)
-    args.arch = args.arch or ("resnet_tiny" if args.dataset == "shapes" else "resnet18")
+    evaluate.check_common(args, alone=False)
     weights = {name: getattr(args, name) for name in RECIPES["oal"]}
     weights = {name: weight for name, weight in weights.items() if weight is not None}
     other = (weights or args.benchmark or args.teacher or args.recipe != "oal"
-             or args.outliers != "diffusion")
+             or args.outliers != "diffusion" or args.contrast != "micl")
     if args.peer and other:
-        fail("--peer is not OAL: leave out --recipe, --teacher, --w-*, --outliers and --benchmark")
+        fail("--peer is not OAL: leave out --recipe, --teacher, --w-*, --contrast, --outliers and "
+             "--benchmark")
     if args.recipe == "oal" and args.w_boundary:
         fail("--w-boundary is for --recipe released: add that, or leave it out")
-    if args.recipe == "released" and args.outliers == "noise":
-        fail("--outliers noise is for the default recipe: leave out --recipe released")
-    own = {**TIERS[args.arch], **RECIPES[args.recipe]}
-    if args.teacher == "vit_b_16":
-        own["teacher_epochs"] = VIT["epochs"]
+    if args.recipe == "released" and (args.outliers == "noise" or args.contrast != "micl"):
+        fail("--outliers noise and --contrast are for the default recipe: leave out --recipe "
+             "released")
+    choose_network(args)
+    if args.pretrained and (args.recipe == "released" or args.w_maps):
+        fail(f"of {args.pretrained} the last layer alone is trained: leave out --recipe released "
+             "and --w-maps, or name another network by --arch")
+    own = {**TIERS.get(args.arch, {}), **RECIPES[args.recipe], **(PROBE if args.pretrained else {})}
+    if is_name(args.teacher):
+        own["teacher_epochs"] = FINE_TUNING["epochs"]
+    if args.contrast == "oe":
+        own["w_micl"] = 0.5
     if args.peer:
         own |= dict.fromkeys(RECIPES["oal"], 0.0)
-    given = {name: getattr(args, name) for name in
-             "dataset size seed arch epochs ce teacher recipe peer outliers".split()}
+    given = {name: getattr(args, name) for name in "dataset size seed arch pretrained epochs ce "
+             "teacher recipe peer contrast outliers".split()}
     # A checkpoint holds the state of one kind of device and of one number of processes.
     place = {"device": args.device.split(":")[0], "processes": os.environ.get("WORLD_SIZE", "1")}
     args.options = {**given, **own, **weights, **place}
-    # A row's name in tables: what is not the default, but for seeds and files.
-    named = {"recipe": args.recipe != "oal", "peer": args.peer, "epochs": args.epochs,
-             "teacher": args.teacher == "vit_b_16", "outliers": args.outliers == "noise"}
-    words = [f"--{name} {given[name]}" for name, is_named in named.items() if is_named]
-    words += [f"--{name.replace('_', '-')} {weight:g}" for name, weight in weights.items()
-              if weight != own[name]]
-    args.label = f"`{' '.join(words)}`" if words else "OAL"
+    named = {"recipe": args.recipe != "oal", "peer": args.peer, "contrast": args.contrast != "micl",
+             "epochs": args.epochs, "pretrained": args.pretrained in models.ARCHS,
+             "teacher": is_name(args.teacher), "outliers": args.outliers == "noise"}
+    args.words = [f"--{name} {given[name]}" for name, is_named in named.items() if is_named]
+    args.words += [f"--{name.replace('_', '-')} {weight:g}" for name, weight in weights.items()
+                   if weight != own[name]]
     args.out = Path(args.out or f"runs/{os.path.basename(os.path.abspath(args.dataset))}")
     return args
 
 
+def choose_network(args):
+    """Fills in --arch, --pretrained and --size: those of --ce, the given ones, or the defaults."""
+    if args.arch and args.pretrained:
+        fail("--arch is trained from nothing, --pretrained is not: leave out one")
+    if args.ce:
+        content = evaluate.read_detector(args.ce)
+        arch = content["arch"] if content else models.kind_of(models.read_state(Path(args.ce)))
+        pretrained = arch if content and content["score"] == "micl_knn" else None
+        if arch not in models.ARCHS and arch not in models.PRETRAINED:
+            fail(f"{args.ce} is a checkpoint of {arch}: a start is one of "
+                 f"{', '.join({**models.ARCHS, **models.PRETRAINED})}")
+        if args.arch not in (None, arch) or args.pretrained not in (None, pretrained):
+            fail(f"{args.ce} is a checkpoint of {arch}: leave out --arch and --pretrained")
+        args.arch, args.pretrained = arch, pretrained
+        args.size = evaluate.size_of(args.ce, args.size) or models.size_of_stem(args.ce)
+    elif not args.arch and not args.pretrained:
+        if args.dataset in evaluate.NAMED:
+            args.arch = "resnet_tiny" if args.dataset == "shapes" else "resnet18"
+        else:
+            args.pretrained = "efficientnet_lite0"
+    args.arch = args.arch or args.pretrained
+    args.size = args.size or (models.PRETRAINED[args.arch][2] if args.pretrained else 32)
+    if args.pretrained and args.size < 96:
+        fail(f"--size {args.size} is too small for {args.arch}: take a multiple of 32 from 96 to "
+             "320")
+
+
+def label(args, foreign):
+    """A row's name in tables: what is not the default, but for seeds; and the files that were given
+    and that the row's own recipe would not have made.
+    """
+    words = [*args.words, *foreign]
+    return f"`{' '.join(words)}`" if words else "OAL"
+
+
 if __name__ == "__main__":
-    evaluate.run(main)
+    evaluate.guarded(main)
