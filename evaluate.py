@@ -194,12 +194,13 @@ def decode(paths, size=32, turned=True):
 def decode_once(paths, size, turned, cache, stamp):
     """As decode, kept in the file `cache` while the stamp, a text, is the same; None: no file there.
 
-    The images are then a map of the file: all processes that read it share one copy.
+    Under torchrun the images are a map of the file, so that all processes share one copy.
     """
     how = f"RGB, Resize({size}), CenterCrop({size}), turned: {turned}\n{stamp}"
     key = hashlib.sha256(how.encode(errors="surrogateescape")).hexdigest()
+    shared = os.environ.get("WORLD_SIZE", "1") != "1"
     try:
-        saved = torch.load(cache, mmap=True, weights_only=True)
+        saved = torch.load(cache, mmap=shared, weights_only=True)
         if saved["key"] == key:
             return saved["images"], saved["digests"], saved["bad"]
     except Exception:  # absent or damaged
@@ -210,7 +211,8 @@ def decode_once(paths, size, turned, cache, stamp):
     saved = dict(zip(("images", "digests", "bad"), decode(paths, size, turned)), key=key)
     try:
         write(cache, saved)
-        saved = torch.load(cache, mmap=True, weights_only=True)
+        if shared:
+            saved = torch.load(cache, mmap=True, weights_only=True)
     except OSError as problem:  # a read-only data folder costs time, not the run
         note(f"not cached: {problem}")
     return saved["images"], saved["digests"], saved["bad"]
@@ -559,7 +561,7 @@ def detection_metrics(conf_id, conf_ood):
     is caught; 'fpr95_id': OOD accepted once 95 % of ID is. ValueError: an input that is empty, not
     1-D, or holds a NaN.
     """
-    conf_id, conf_ood = (np.array(conf.detach().cpu() if torch.is_tensor(conf) else conf, float)
+    conf_id, conf_ood = (np.array(conf.tolist() if torch.is_tensor(conf) else conf, np.float64)
                          for conf in (conf_id, conf_ood))
     if conf_id.ndim != 1 or conf_ood.ndim != 1:
         raise ValueError(f"detection_metrics takes confidences [N] and [M], not {conf_id.shape} "

@@ -244,7 +244,7 @@ def build(name, num_classes, size=32, large=None):
     else:
         raise KeyError(name)
     net.arch = name
-    return net.float()  # the caller's default may be float64
+    return net if net.fc.weight.dtype == torch.float32 else net.float()  # the caller's default
 
 
 def set_scale(net, mean, std):
