@@ -401,12 +401,13 @@ def read_classes(folder, size=32, data_root="data"):
         pictures = sorted(set(own[members]))
         tenth = max(len(pictures) // 10, 1) if len(pictures) >= 4 else 0
         ends = [i * tenth for i in range(len(absent) + 1)]
-        if len(pictures) - ends[-1] < 2:
-            fail(f"the class {name} has {len(pictures) - ends[-1]} images to train on in "
-                 f"{root / 'train'}: it needs 2")
         parts = [pictures[low:high] for low, high in zip(ends, ends[1:])]
-        for split, part in zip(("train", *absent), (pictures[ends[-1]:], *parts)):
-            chosen[split] += members[np.isin(own[members], part)].tolist()
+        parts = [members[np.isin(own[members], part)] for part in (pictures[ends[-1]:], *parts)]
+        if len(parts[0]) < 2:
+            fail(f"the class {name} has {len(parts[0])} images to train on in {root / 'train'}: "
+                 "it needs 2")
+        for split, part in zip(("train", *absent), parts):
+            chosen[split] += part.tolist()
     for split, indices in chosen.items():
         if not indices:
             fail(f"{root} has no {split}/, and no class has 4 images: add images")

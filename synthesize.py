@@ -185,13 +185,15 @@ class Denoiser(nn.Module):
     """Noised latents [B, L], time [B] in 0..1, condition [B, D] -> predicted velocity [B, L].
 
     The velocity that is exact for a Gaussian with the latents' means and variances, plus a residual
-    MLP; time and condition shift and scale its four blocks.
+    MLP; time and condition shift and scale its four blocks. linear [D, L], if given, moves the mean
+    with the condition.
     """
 
-    def __init__(self, mean, variance, cond_dim, width=512):
+    def __init__(self, mean, variance, cond_dim, width=512, linear=None):
         super().__init__()
         self.register_buffer("mean", mean)  # [L]
         self.register_buffer("variance", variance)  # [L]
+        self.register_buffer("linear", linear)
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(100), 32)))
         self.embed = nn.Sequential(nn.Linear(cond_dim + 64, width), nn.SiLU())
         self.enter = nn.Linear(len(mean), width)
@@ -211,8 +213,9 @@ class Denoiser(nn.Module):
             gain, bias = shift(e).chunk(2, dim=1)
             h = h + block(F.layer_norm(h, h.shape[1:]) * (1 + gain) + bias)
         alpha, sigma = signal_and_noise(time)
+        mean = self.mean if self.linear is None else self.mean + (cond @ self.linear).float()
         # E[alpha noise - sigma x | z] for x ~ N(mean, variance) and z = alpha x + sigma noise
-        gaussian = alpha * sigma * (1 - self.variance) * z - sigma * self.mean
+        gaussian = alpha * sigma * (1 - self.variance) * z - sigma * mean
         gaussian = gaussian / (alpha ** 2 * self.variance + sigma ** 2)
         return gaussian + self.leave(F.layer_norm(h, h.shape[1:])).float()
 
@@ -223,55 +226,83 @@ def signal_and_noise(time):
     return angle.cos(), angle.sin()
 
 
+def linear_part(latents, conds):
+    """Latents [N, L], conditions [N, D] -> (offset [L], linear [D, L], variance [L] that is left).
+
+    Ridge regression; of four penalties the one with the least error of each row by the others.
+    """
+    centre, mean = conds.mean(0), latents.mean(0)
+    x, y = (conds - centre).double(), (latents - mean).double()
+    gram, eye = x @ x.T, torch.eye(len(x), device=x.device, dtype=torch.float64)  # [N, N]
+    best = None
+    for penalty in (1, 3, 10, 30):
+        inverse = torch.linalg.inv(gram + penalty * gram.diag().mean() * eye)
+        left = inverse @ y / inverse.diag()[:, None]  # y less its prediction without its own row
+        if best is None or left.square().sum() < best[0].square().sum():
+            best = left, x.T @ (inverse @ y)  # [D, L]
+    left, linear = best[0].float(), best[1].float()
+    return mean - centre @ linear, linear, left.square().mean(0)
+
+
 def train_diffusion(latents, conds, steps, generator, width=512):
     """Latents [N, L], their conditions [N, D] -> a Denoiser, by `steps` of the velocity loss.
 
-    Of fewer than SMALL latents a tenth is held out. Then the Denoiser is that of the step with the
-    lowest loss on it, and training ends 200 steps later: beyond, it learns the rest by heart.
+    Few latents, under SMALL, say little: there the mean is linear in the condition, a tenth is held
+    out, and the Denoiser is that of the step with the lowest loss on it, which may be step 0.
+    Training ends 100 steps later: it would learn the others by heart.
     """
     random, small = {"generator": generator, "device": latents.device}, len(latents) < SMALL
+    pool, mean, linear, variance = latents, latents.mean(0), None, latents.var(0)
+    if small:
+        order = torch.randperm(len(latents), **random)
+        held, own = order[:math.ceil(len(order) / 10)], order[len(order) // 10:]
+        held = held.repeat(math.ceil(1000 / len(held)))  # each under many times and noises
+        pool = latents[own]
+        mean, linear, variance = linear_part(pool, conds[own])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        variance = latents.var(0).clamp_min(1e-6)
-        net = Denoiser(latents.mean(0), variance, conds.shape[1], width).to(latents.device)
+        net = Denoiser(mean, variance.clamp_min(1e-6), conds.shape[1], width, linear)
+        net = net.to(latents.device)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0)
 
     def factor(step):  # of the rate: 100 steps of warm-up, a cosine
         return min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
-    def draw(index):  # -> time, noise of these latents
-        return torch.rand(len(index), **random), torch.randn(latents[index].shape, **random)
+    def draw(n):  # -> times [n], noise [n, L]
+        return torch.rand(n, **random), torch.randn((n, latents.shape[1]), **random)
 
     def velocity_loss(index, time, noise):
         z, (alpha, sigma) = latents[index], signal_and_noise(time)
         with models.autocast(latents.device):
             velocity = net(alpha * z + sigma * noise, time, conds[index])
         return F.mse_loss(velocity, alpha * noise - sigma * z)
+
+    def held_out():  # -> (loss on the held-out tenth, always under the same noise, step, weights)
+        with torch.no_grad():
+            value = velocity_loss(held, *drawn).item()
+        return value, step, copy.deepcopy(net.state_dict())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    pool, best = None, (math.inf, steps, None)
+    step = 0
     if small:
-        order = torch.randperm(len(latents), **random)
-        held, pool = order[:math.ceil(len(order) / 10)], order[len(order) // 10:]
-        held = held.repeat(math.ceil(1000 / len(held)))  # each under many times and noises
-        drawn = draw(held)
+        drawn = draw(len(held))
+        best = held_out()
     for step in models.progress("steps of the diffusion model", range(1, steps + 1)):
-        index = torch.randint(len(latents) if pool is None else len(pool), (BATCH,), **random)
-        index = index if pool is None else pool[index]
-        loss = velocity_loss(index, *draw(index))
+        index = torch.randint(len(pool), (BATCH,), **random)
+        loss = velocity_loss(own[index] if small else index, *draw(BATCH))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if small and (step % 20 == 0 or step == steps):
-            with torch.no_grad():
-                value = velocity_loss(held, *drawn).item()
-            best = min(best, (value, step, copy.deepcopy(net.state_dict())), key=lambda b: b[0])
-            if step >= best[1] + 200:
+            best = min(best, held_out(), key=lambda state: state[0])
+            if step >= best[1] + 100:
                 break
+    value, says = loss.item(), ""
     if small:
-        net.load_state_dict(best[2])
-    print(f"synthesize: diffusion model, {best[1]} steps, loss "
-          f"{best[0] if small else loss.item():.3f}{' on a held-out tenth' * small}", flush=True)
+        value, step, state = best
+        net.load_state_dict(state)
+        says = " on a held-out tenth"
+    print(f"synthesize: diffusion model, {step} steps, loss {value:.3f}{says}", flush=True)
     return net.eval()
 
 

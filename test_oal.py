@@ -1223,7 +1223,8 @@ def toy():
     g = rng(3)
     weight, bias = torch.randn(5, 12, generator=g), torch.randn(5, generator=g)
     bank, features = torch.randn(200, 12, generator=g).relu(), torch.randn(30, 12, generator=g).relu()
-    ref = {"weight": weight, "features": bank, "mean": bank.mean(0)}
+    ref = {"weight": weight, "features": bank, "mean": bank.mean(0), "bank": F.normalize(bank[::2], dim=1), "k": 3,
+           "standard": torch.tensor([[0.4, 0.1], [-0.5, 0.2]])}
     return features @ weight.T + bias, features, ref
 
 
@@ -1241,6 +1242,8 @@ def test_scores_against_loops(toy):
             "fdbd": np.mean([(l[c] - l[k]) / np.linalg.norm(w[c] - w[k]) for k in range(5) if k != c])
                     / np.linalg.norm(h - bank.mean(0)),
             "micl": (l.max() - l.mean()) / np.linalg.norm(h - bank.mean(0))}
+        third = np.sort(np.linalg.norm(unit(bank[::2]) - unit(h), axis=1))[2]
+        expected["micl_knn"] = (expected["micl"] - 0.4) / 0.1 + (-third + 0.5) / 0.2
         assert set(expected) == set(found)
         for name, value in expected.items():
             assert abs(found[name][i].item() - value) < 1e-3 * max(1, abs(value)), name
@@ -1342,6 +1345,10 @@ def test_augmentation_is_crop_and_flip():
     windows = torch.cat([windows, windows.flip(3)]).flatten(1).unique(dim=0)
     seen = train.augment(image.expand(1000, 3, 32, 32), 2, rng()).flatten(1).unique(dim=0)
     assert len(windows) == 50 and seen.equal(windows)
+
+
+OAL_OPTIONS = dict(train.RECIPES["oal"], recipe="oal", peer=None, seed=0, outliers="diffusion", contrast="micl",
+                   pretrained=None, teacher=None, per_class=1)
 
 
 def contents(folder):
@@ -1472,7 +1479,7 @@ def test_the_released_recipe_is_that_of_released_md(tiny, monkeypatch):
     net, teacher = tiny_net(), tiny_net()
     outliers = {"boundary": randn(20, 768, seed=1), "latent": torch.ones(7, 5),  # a code of ours
                 "released": randn(20, 64, seed=2)}
-    options = dict(train.RECIPES["released"], recipe="released", peer=None, seed=0)
+    options = {**OAL_OPTIONS, **train.RECIPES["released"], "recipe": "released"}
     x, y = evaluate.draw_set("val")
     x, y, data = x[:10], y[:10], image_set(x, y)
     objective = train.student_objective(net, teacher, True, outliers, data, options)
@@ -1485,8 +1492,8 @@ def test_the_released_recipe_is_that_of_released_md(tiny, monkeypatch):
         loss, terms = objective(x, y, rng(3))
         scaled = net.prepare(x)
         logits, h = net(scaled, return_feature=True)
-        for kind, name in (("boundary", "boundary"), ("latent", "released")):
-            drawn, club = outliers[name][torch.randperm(20, generator=g)[:10]], getattr(objective, kind)
+        for kind, part, name in (("boundary", "boundary", "boundary"), ("micl", "latent", "released")):
+            drawn, club = outliers[name][torch.randperm(20, generator=g)[:10]], getattr(objective, part)
             mean, log_var = club.mean(drawn), club.log_var(drawn)
             log_q = torch.stack([-0.5 * ((h[j] - mean) ** 2 / log_var.exp() + log_var).sum(1) for j in range(10)], 1)
             assert allclose(terms[kind], log_q.diag().mean() - log_q.mean(), atol=1e-4)
@@ -1556,10 +1563,6 @@ def test_outliers_of_another_start_are_refused(default_run, refused):
     assert "was not made from other.pt" in refused(go, train, *words) and os.listdir() == ["other.pt"]
 
 
-OAL_OPTIONS = dict(train.RECIPES["oal"], recipe="oal", peer=None, seed=0, outliers="diffusion", contrast="micl",
-                   pretrained=None, teacher=None, per_class=1)
-
-
 def test_a_step_of_the_student(monkeypatch):
     """Outliers come after the images, in MICL alone. Maps: 0 from a teacher like the student, a stage doubled 1/4."""
     net, teacher = tiny_net().eval(), tiny_net()
@@ -1610,7 +1613,7 @@ def test_outlier_maps():
         i, expected = int(9 * chosen), maps[int(40 * host)].clone()
         for before, after, direction in zip(outliers["inlier"][i], outliers["latent"][i], outliers["basis"]):
             expected += 2 * strength * (after - before) * outliers["scale"] * direction.view(4, 16, 16)
-        assert allclose(made, expected.clamp_min(0), atol=1e-4) and 300 < (made == 0).sum() < 724
+        assert allclose(made, expected.clamp_min(0), atol=1e-4) and 100 < (made == 0).sum() < 724
     normal = randn(n, 4, 16, 16, seed=4)
     noise = outlier_maps(maps, outliers, draws, normal)
     other = {**outliers, "latent": outliers["latent"] + 1}
@@ -2181,7 +2184,7 @@ def test_your_own_classes(tiny, evaluate_py, tmp_path, refused, capsys):
             [path, classes[label], f"{value:.6f}", "ID" if value >= detector.threshold else "OOD",
              "" if name == "ce" else f"{p:.4f}"]
             for path, label, value, p in zip(paths, labels, score.tolist(), p_id.tolist()))]
-        assert "95% of the 3 validation images" in printed.err and "note:" not in printed.err
+        assert "of 3 validation images: it flags 25% of new ID images on average, 63% at worst" in printed.err
 
 
 def untrained_detector(photos):
@@ -2194,46 +2197,110 @@ def untrained_detector(photos):
     return data
 
 
-def test_a_dataset_that_is_not_the_detectors(evaluate_py, tmp_path, refused):
-    """Other classes, size or brightness: one line says so; mean, std and scores are the network's own."""
+@pytest.fixture
+def photos():
+    """Two classes of drawn images; `dark`, the same at 30 % brightness; `renamed`, with a class of another name."""
     photos = draw_classes("photos", train_a=4, train_b=4, val_a=3, val_b=3, test_a=5, test_b=5)
-    strange = draw_classes(tmp_path, strange=6) / "strange"
-    data = untrained_detector(photos)
-    plain = evaluate_py("net.pt --flag", strange)
-    assert [row[4] for row in read_csv(plain)[1:]] == [
-        f"{1 / (1 + math.exp(-2 * (float(row[2]) - 0.1))):.4f}" for row in read_csv(plain)[1:]]
-
-    dark, other = (Path(shutil.copytree(photos, name)) for name in ("dark", "other"))
-    for path in other.glob("*/*"):
-        path.rename(path.with_name(f"new_{path.name}"))
+    dark, renamed = (Path(shutil.copytree(photos, name)) for name in ("dark", "renamed"))
     for path in dark.rglob("*.png"):
         Image.open(path).point(lambda value: int(0.3 * value)).save(path)
-    detector = evaluate.load_detector("net.pt")
-    for root, size, says in ((photos, 32, ()), (other, 32, ("classes",)), (photos, 64, ("size",)),
-                             (dark, 64, ("size", "mean")), (dark, 32, ("mean",))):
-        printed = evaluate_py("net.pt --out e --dataset", root, "--size", size, "--ood", strange)
-        notes = [line for line in printed.err.splitlines() if line.startswith("note:")]
-        assert len(notes) == bool(says) and all(word in notes[0] for word in says)
-        row = results_of("e")["models"]["net"]
-        labels, score, _ = detector(load_set(str(root), size=size).splits["test"][0])
-        _, ood, _ = detector(read_folder(strange, size)[0])
-        assert row["scores"]["micl"]["sets"][str(strange)]["auroc"] == detection_metrics(score, ood)["auroc"]
-        assert row["id_acc"] == pytest.approx(100 * (labels == data.splits["test"][1]).double().mean().item())
+    for path in renamed.glob("*/a"):
+        path.rename(path.with_name("c"))
+    draw_classes(".", strange=6)
+    return photos
 
-    # Photographs added to train/: only knn, which looks at them, may change.
-    before = row["scores"]
-    draw_classes(dark, train_a=30)
-    evaluate_py("net.pt --out e --dataset", dark, "--ood", strange)
-    after = results_of("e")["models"]["net"]["scores"]
-    assert before.pop("knn") and after.pop("knn") and before == after
-    assert evaluate_py("net.pt --flag", strange, "--dataset", dark).out == plain.out
 
-    # Without the file, mean and threshold are made from the images of --dataset.
-    os.remove("net.detector.pt")
-    rows = read_csv(evaluate_py("net.pt --flag", strange, "--dataset", photos))
+def test_a_network_brings_its_own_size_mean_and_std(photos, tiny):
+    """Trained on bright images at 64, given to every program with dark ones and no --size: one accuracy, one score."""
+    tiny("run", "--epochs 1 --size 64 --arch resnet_tiny --ood strange --dataset", photos)
+    tiny("on_dark", "--epochs 1 --ood strange --dataset dark --ce run/ce.pt --teacher run/teacher.pt")
+    go(evaluate, "run/ce.pt --ood strange --dataset dark --out e")
+    detector, data = evaluate.load_detector("run/ce.pt"), load_set("dark", size=64)
+    assert not allclose(data.mean, detector.image_mean, atol=0.1)
+    (images, labels), strange = data.splits["test"], read_folder("strange", 64)[0]
+    trained, measured = results_of("on_dark")["models"]["ce"], results_of("e")["models"]["ce"]
+    row = os.path.abspath("strange")
+    predicted, _, _ = detector(images)
+    assert trained["id_acc"] == measured["id_acc"] == pytest.approx(
+        100 * (predicted == labels).double().mean().item())
+    for score in ("msp", "ebo", "knn"):  # fdbd and micl know the mean of the features of each run's images
+        assert trained["scores"][score]["sets"][row] == measured["scores"][score]["sets"][row]
+    auroc = measured["scores"]["micl"]["sets"][row]["auroc"]
+    assert auroc == detection_metrics(detector(images)[1], detector(strange)[1])["auroc"]
+    for name in ("ce", "student"):
+        found = evaluate.load_detector(f"on_dark/{name}.pt")
+        assert allclose(found.image_mean, detector.image_mean) and found.size == 64
+    go(synthesize, "run/ce.pt --dataset dark --per-class 2 --diffusion-steps 2 --out o.pt")
+    assert load("o.pt")["mean"].shape == (32 * 32 * 32,)  # 32 maps, 64 / 2 wide
+
+
+def test_other_classes_are_refused_by_every_program(photos, tiny, refused):
+    """One line that names both lists: a renamed class folder, another number of classes, the default set."""
+    tiny("run", "--epochs 1 --arch resnet_tiny --dataset", photos)
+    for program, words in ((train, "--out new --ce run/ce.pt"), (train, "--out new --arch resnet_tiny --teacher "
+                           "run/teacher.pt"), (evaluate, "run/student.pt --ood strange"), (synthesize, "run/ce.pt --out o.pt")):
+        error = refused(go, program, words, "--dataset renamed", alone=False)
+        assert "trained for 2 classes, a, b: renamed has 2 classes, b, c" in error and not Path("new").exists()
+        error = refused(go, program, words, alone=False)
+        assert "2 classes, a, b: shapes, the default, has 8 classes, plain disc, " in error
+    torch.save(tiny_net(3).state_dict(), "net.pt")  # without a detector file
+    assert "3 classes: shapes, the default, has 8" in refused(go, evaluate, "net.pt", alone=False)
+    save_net("eight.pt")
+    assert "by --dataset" in refused(go, evaluate, "eight.pt --flag strange")
+    go(evaluate, "eight.pt --dataset shapes --flag strange")
+
+
+def test_a_detector_of_shapes_is_measured_at_its_size(tiny, refused):
+    tiny("run", "--epochs 1 --size 64 --w-kd 0 --w-maps 0 --w-micl 0")
+    go(evaluate, "run/student.pt --out e")
+    assert results_of("e")["size"] == 64 and results_of("e")["models"]["student"] == results_of("run")["models"]["oal"]
+    save_net("small.pt")
+    assert "one by one" in refused(go, evaluate, "small.pt run/student.pt --out e", alone=False)
+
+
+def test_a_teacher_sees_its_own_size_mean_and_std_and_teaches_maps_to_its_kin(default_run, tiny):
+    """Another network of the same arch has its features projected, and names the row; one grown from --ce its maps."""
+    student, teacher, x = tiny_net(), models.set_scale(tiny_net(8, 64), (0.1, 0.2, 0.3), (0.5,) * 3), random_images(8)
+    data = image_set(x, torch.arange(8))
+    objective = train.student_objective(student, teacher, False, None, data, {**OAL_OPTIONS, "w_micl": 0.0})
+    logits, features, maps = objective.teacher(x)
+    expected, _ = predict(teacher, x)  # enlarged there too
+    assert allclose(logits.float(), expected, atol=0.1) and maps[0].shape[-1] == 32 and objective.projection
+    large = F.interpolate(x.float() / 255, 64, mode="bilinear", antialias=True)
+    by_hand = (large - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / 0.5
+    assert allclose(teacher.prepare(x), by_hand, atol=1e-6)
+    kinds, inner = [], train.student_objective
+    def watched(student, teacher, kin, *given):
+        kinds.append(kin)
+        return inner(student, teacher, kin, *given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "student_objective", watched)
+        tiny("kin", "--w-micl 0 --ce", default_run / "ce.pt", "--teacher", default_run / "teacher.pt")
+        tiny("other", "--seed 5 --epochs 1 --w-micl 0 --teacher", default_run / "teacher.pt")
+    assert kinds == [True, False] and results_of("kin")["label"] == "`--w-micl 0`"
+    assert results_of("other")["label"] == "`--epochs 1 --w-micl 0 --teacher teacher.pt`"
+
+
+def test_a_detector_made_from_the_images_of_dataset(photos, evaluate_py):
+    """As the file says, without the file: mean and threshold; added photographs change what looks at them alone."""
+    untrained_detector(photos)
+    plain = evaluate_py("net.pt --flag strange")
+    assert [row[4] for row in read_csv(plain)[1:]] == [
+        f"{1 / (1 + math.exp(-2 * (float(row[2]) - 0.1))):.4f}" for row in read_csv(plain)[1:]]
+    evaluate_py("net.pt --ood strange --out e --dataset", photos)
+    before = results_of("e")["models"]["net"]
+    os.rename("net.detector.pt", "kept")
+    rows = read_csv(evaluate_py("net.pt --flag strange --dataset", photos))
     assert [row[:4] for row in rows] == [row[:4] for row in read_csv(plain)] and {row[4] for row in rows[1:]} == {""}
-    error = refused(evaluate.load_detector, "net.pt")
-    assert "net.detector.pt" in error and "--dataset" in error
+    with pytest.raises(ValueError, match="net.detector.pt: name the ID set of net.pt by --dataset"):
+        evaluate.load_detector("net.pt")
+    os.rename("kept", "net.detector.pt")
+    draw_classes("photos", train_a=30)
+    evaluate_py("net.pt --ood strange --out e --dataset", photos)
+    after = results_of("e")["models"]["net"]
+    for entry in (before, after):  # nearest neighbours
+        assert entry["scores"].pop("knn") and entry["scores"].pop("micl_knn")
+    assert before == after
 
 
 @parametrize("change, says", [
@@ -2255,13 +2322,60 @@ def test_a_detector_file_that_is_not_the_networks(change, says, refused):
         assert error.startswith("error: net.detector.pt ") and says in error
 
 
-@parametrize("images", [torch.zeros(2, 3, 32, 32), torch.zeros(3, 32, 32, dtype=torch.uint8),
-                        torch.zeros(2, 1, 32, 32, dtype=torch.uint8)])
-def test_a_detector_takes_bytes_of_three_channels(images):
-    draw_classes("photos", train_a=4, train_b=4)
-    untrained_detector("photos")
-    with pytest.raises(ValueError, match="uint8"):
-        evaluate.load_detector("net.pt")(images)
+def test_a_detector_in_other_programs(photos):
+    """Tensors, arrays and reversed views of bytes, files and PIL images; anything else is a ValueError, not a verdict."""
+    untrained_detector(photos)
+    detector = evaluate.load_detector("net.pt")
+    paths = sorted(photos.glob("test/*/*.png"))
+    images = torch.stack([to_tensor(Image.open(path)) for path in paths])
+    expected = detector(images)[:2]
+    for given in (images.numpy(), images.flip(0).numpy()[::-1]):
+        assert all(one.equal(other) for one, other in zip(detector(given), expected))
+    for given in (paths, map(str, paths), [Image.open(path) for path in paths]):
+        assert all(one.equal(other) for one, other in zip(detector.judge(given), expected))
+    assert detector.judge(paths[0])[0].equal(expected[0][:1]) and detector.judge(str(paths[0]))[0].shape == (1,)
+    wrong = [images.float(), images[0], images[:, :1], images.permute(0, 2, 3, 1), images.numpy().astype(np.float32),
+             *(torch.zeros(2, 3, side, side, dtype=torch.uint8) for side in (31, 40, 64, 224)),
+             torch.zeros(1, 2, 3, 32, 32, dtype=torch.uint8), Image.open(paths[0]), "a.png", [1, 2]]
+    for given in wrong:
+        with pytest.raises(ValueError, match=r"uint8 \[N, 3, 32, 32\]"):
+            detector(given)
+    for given in (["nope.png"], ["net.pt"]):
+        with pytest.raises(OSError):
+            detector.judge(given)
+
+
+def test_a_detector_leaves_its_program_alone(photos):
+    """No draw from the global generator, float64 as default too; training mode, also of threads, changes nothing."""
+    untrained_detector(photos)
+    images, state = random_images(4), torch.get_rng_state()
+    detector = evaluate.load_detector("net.pt")
+    expected = detector(images)
+    assert torch.get_rng_state().equal(state)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = evaluate.load_detector("net.pt")(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(one.equal(other) for one, other in zip(found, expected))
+    before = copy.deepcopy(detector.net.state_dict())
+    detector.net.train()
+    threads = [threading.Thread(target=detector, args=[images]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(value.equal(before[name]) for name, value in detector.net.state_dict().items())
+    assert all(one.equal(other) for one, other in zip(detector(images), expected))
+
+
+@parametrize("damage", [lambda: os.remove("net.pt"), lambda: os.truncate("net.pt", 5000),
+                        lambda: Path("net.detector.pt").write_bytes(b""), lambda: os.remove("net.detector.pt")])
+def test_a_server_sees_exceptions(damage, photos):
+    untrained_detector(photos)
+    damage()
+    with pytest.raises((ValueError, OSError)):
+        evaluate.load_detector("net.pt")
 
 
 def stop(problem):
@@ -2363,11 +2477,25 @@ def test_runs_that_make_no_table(refused):
 
 
 @parametrize("words, label", [
-    ("--seed 3 --size 224 --arch resnet18 --ce a.pt --teacher b.pt --outliers runs/3/o.pt", "OAL"),
+    ("--seed 3 --size 224 --arch resnet18", "OAL"), ("--contrast oe --w-micl 0.5", "`--contrast oe`"),
     ("--w-kd 4 --w-micl 1.0", "OAL"), ("--w-micl 0.5 --epochs 2", "`--epochs 2 --w-micl 0.5`"),
-    ("--recipe released --w-kd 4 --w-maps 8", "`--recipe released`"), ("--teacher vit_b_16", "`--teacher vit_b_16`")])
+    ("--recipe released --w-kd 4 --w-maps 8", "`--recipe released`"), ("--teacher vit_b_16", "`--teacher vit_b_16`"),
+    ("--pretrained resnet18", "`--pretrained resnet18`"), ("--pretrained efficientnet_lite0", "OAL")])
 def test_a_label_is_what_is_not_the_default(words, label):
-    assert go(train, words, main="parse_args").label == label
+    assert train.label(go(train, words, main="parse_args"), []) == label
+
+
+def test_a_label_names_the_files_that_its_recipe_does_not_make(default_run, tiny):
+    """The run's own files, given again, are its recipe's; those of other epochs or of other settings are not."""
+    start, outliers = default_run / "ce.pt", default_run / "outliers.pt"
+    go(synthesize, start, "--per-class 4 --diffusion-steps 10 --out same.pt")
+    go(synthesize, start, "--per-class 3 --diffusion-steps 10 --out other.pt")
+    for words, given, foreign in (("", ["--outliers same.pt"], ""), ("", ["--outliers", outliers], ""),
+                                  ("", ["--outliers other.pt"], " --outliers other.pt"),
+                                  ("--epochs 1 ", [], " --ce ce.pt")):
+        tiny("run", f"{words}--w-kd 0 --w-maps 0 --ce", start, *given)
+        assert results_of("run")["label"] == f"`{words}--w-kd 0 --w-maps 0{foreign}`"
+        shutil.rmtree("run")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
@@ -2377,7 +2505,7 @@ def test_a_file_name_that_is_no_text_is_printed_as_it_is(tiny, monkeypatch, caps
     save_png(f"mine/{name}", 90, (20, 40))
     monkeypatch.setattr(signal, "signal", lambda *words: None)
     sys.stdout.reconfigure(errors="strict")
-    evaluate.guarded(lambda: go(evaluate, "net.pt --flag mine"))
+    evaluate.guarded(lambda: go(evaluate, "net.pt --dataset shapes --flag mine"))
     assert os.fsencode(name) in capsysbinary.readouterr().out.splitlines()[1]
 
 

@@ -47,7 +47,7 @@ TIERS = {
 # A pretrained network, chosen on classes of CIFAR-100 (results/README.md). Its start is a probe: the
 # last layer alone learns, from random resized crops. So does its student, from the start's
 # logits: features are frozen, and there are no maps to distil.
-PROBE = dict(ce_epochs=2, teacher_epochs=2, oal_epochs=2, lr=0.4, oal_lr=0.01, batch=32, crop=None,
+PROBE = dict(ce_epochs=2, teacher_epochs=2, oal_epochs=2, oal_lr=0.003, batch=32, crop=None,
              per_class=50, diffusion_steps=1000, w_kd=0.5, w_maps=0.0)
 # Each stage has at least MIN_STEPS steps, unless --epochs is given. After fewer than 2 MIN_STEPS
 # batch-norm's statistics are computed anew, unless the best epoch is kept. A checkpoint is saved
@@ -354,7 +354,7 @@ def train(stage, objective, data, run):
     epochs = options["epochs"] or max(options[f"{stage}_epochs"], math.ceil(MIN_STEPS / per_epoch))
     steps, step, best = epochs * per_epoch, 0, {"accuracy": -1.0}
     period = per_epoch * math.ceil(CHECKPOINT_STEPS / per_epoch)
-    rate = options["oal_lr"] if stage == "oal" else options.get("lr", SGD["lr"]) * batch / 128
+    rate = options["oal_lr"] if stage == "oal" else SGD["lr"] * batch / 128
     if fine_tuned:
         optimizer = torch.optim.Adam(net.parameters(), FINE_TUNING["lr"])
     else:
