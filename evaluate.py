@@ -69,7 +69,7 @@ def note(message):
 
 
 def guarded(main):
-    """Runs a program. What a user or the machine causes ends it with one line on stderr, status 2."""
+    """Runs a program. What a user or the machine causes ends it with a line on stderr, status 2."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
@@ -101,7 +101,7 @@ def guarded(main):
 def write(path, content):
     """Writes text, bytes, or another object by torch.save. An OSError leaves the old file whole."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")  # one name: a killed program leaves one at most
+    partial = path.with_name(f"{path.name}.partial")  # one name: a kill leaves one file at most
     if isinstance(content, str):
         content = content.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,8 +192,9 @@ def decode(paths, size=32, turned=True):
 
 
 def decode_once(paths, size, turned, cache, stamp):
-    """As decode, kept in the file `cache` while the stamp, a text, is the same; None: no file there.
+    """As decode, kept in the file `cache` while the stamp, a text, is the same.
 
+    None if none of the paths is a file.
     Under torchrun the images are a map of the file, so that all processes share one copy.
     """
     how = f"RGB, Resize({size}), CenterCrop({size}), turned: {turned}\n{stamp}"
@@ -744,8 +745,9 @@ def markdown(head, body):
 def tables(runs):
     """results.json dicts -> the lines of their Markdown tables, mean±standard deviation (n - 1).
 
-    A row is a label over its seeds. Scores: ebo, fdbd and micl, else those that there are. Of
-    several runs the last table is paired: each row less the first run's, seed by seed.
+    A row is a label over its seeds. Scores: ebo, fdbd and micl, or ebo, micl and micl_knn of a
+    pretrained network, else those that there are. Of several runs the last table is paired: each
+    row less the first run's, seed by seed.
     """
     kinds = [[run["dataset"], run.get("arch"), run["size"],
               {name: row["n"] for name, row in score["sets"].items()}, run.get("id")]
@@ -756,10 +758,12 @@ def tables(runs):
              "kind")
     dataset, arch, _, sets, _ = kinds[0]
     some = next(iter(runs[0]["models"].values()))["scores"]
-    scores = [score for score in ("ebo", "fdbd", "micl") if score in some] or list(some)
+    pretrained = runs[0].get("options", {}).get("pretrained")
+    scores = ("ebo", "micl", "micl_knn") if pretrained else ("ebo", "fdbd", "micl")
+    scores = [score for score in scores if score in some] or list(some)
     columns = {f"{group} {metric.upper()}": (group, metric) for group in ("near", "far")
                if group in some[scores[0]] for metric in ("auroc", "fpr95")}
-    heads = ["accuracy", *columns]
+    heads, paired = ["accuracy", *columns], ["accuracy", *(columns or sets)]
 
     def figures(entry):  # {head or set: its numbers, one by each score}
         by_score = [entry["scores"][score] for score in scores]
@@ -781,17 +785,18 @@ def tables(runs):
         own = {seed: figures(entry) for seed, (entry, _) in row.items()}
         means.append([label, len(row), mean_std(minutes), *cells(own.values(), heads)])
         aurocs.append([label, *cells(own.values(), sets)])
-        less = [{head: np.subtract(own[seed][head], base[seed][head]) for head in heads}
+        less = [{head: np.subtract(own[seed][head], base[seed][head]) for head in paired}
                 for seed in own if seed in base]
         if less and label != first:
-            gains.append([label, len(less), *cells(less, heads, gain)])
+            gains.append([label, len(less), *cells(less, paired, gain)])
     lines = [f"cells: {' / '.join(scores)}; minutes: of this training alone"]
     lines += markdown([f"{dataset}, {arch}" if arch else dataset, "runs", "minutes", *heads], means)
     if sets:
         lines += markdown(["AUROC", *(f"{Path(name).name} ({n})" for name, n in sets.items())],
                           aurocs)
     if len(runs) > 1 and gains:
-        lines += markdown([f"less {first}, mean±standard error", "pairs", *heads], gains)
+        names = [Path(head).name if head in sets else head for head in paired]
+        lines += markdown([f"less {first}, mean±standard error", "pairs", *names], gains)
     missing = sorted({name for run in runs for name in run["missing"]})
     return lines + ["", f"missing, in no mean: {', '.join(missing)}"] * bool(missing)
 

