@@ -24,7 +24,7 @@ import torchvision
 
 # Residual blocks per stage, width of the first stage.
 ARCHS = {"resnet18": (2, 64), "resnet_small": (1, 32), "resnet_tiny": (1, 16)}
-BATCH = 500  # images at once, where nothing is trained
+BATCH, LARGE_BATCH = 500, 64  # images at once where nothing is trained; of 96 pixels and more
 # Networks with ImageNet weights: mean and std of their images, and the side they get here.
 PRETRAINED = {"efficientnet_lite0": ((127 / 255,) * 3, (128 / 255,) * 3, 160),
               "resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224)}
@@ -329,7 +329,8 @@ def feature_batches(net, images):
     mode, device = net.training, net.fc.weight.device
     net.eval()
     try:
-        for batch in progress("batches through the network", images.split(BATCH)):
+        batches = images.split(BATCH if net.size < 96 else LARGE_BATCH)
+        for batch in progress("batches through the network", batches):
             with autocast(device):
                 maps = net.lower(net.prepare(batch.to(device)))
                 features = net.upper(maps)

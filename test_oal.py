@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -2745,6 +2746,16 @@ def test_a_row_of_the_tables_is_a_label_over_its_seeds(capsys):
         "missing, in no mean: places365"]
     backwards = evaluate.tables([*runs[3:5], *runs[:3]])
     assert any(line.startswith("| start | 3 | 2.0±1.0 | 51.0±1.0 ") for line in backwards)  # with its minutes
+
+
+def test_the_tables_on_the_pages_are_those_of_the_files():
+    """Cell by cell: a page that names a command `evaluate.py --collect results/...` holds what it prints."""
+    for page in ("README.md", "results/README.md"):
+        text = (HERE / page).read_text()
+        for pattern in re.findall(r"evaluate\.py --collect (results/\S+json)", text):
+            lines = evaluate.collect(sorted(HERE.glob(pattern)))
+            rows = [line for line in lines if line.startswith("| ")]
+            assert len(rows) > 2 and not [row for row in rows if row not in text.splitlines()], pattern
 
 
 def test_tables_of_evaluate_py():

@@ -316,11 +316,15 @@ def draw_outliers(maps, outliers, n, noise, g):
 
 @torch.no_grad()
 def outlier_outputs(net, data, outliers, options):
-    """Outliers of the validation images, in test mode -> (logits [M, C], features [M, D])."""
+    """Outliers of the validation images, in test mode -> (logits [M, C], features [M, D]).
+
+    As many as images, or 500.
+    """
     images, _ = data.splits["val"]
     found, g = [], models.generator(options["seed"], "critic", net.fc.weight.device)
     for maps, _ in models.feature_batches(net, images):
-        added = draw_outliers(maps, outliers, models.BATCH, options["outliers"] == "noise", g)
+        n = math.ceil(len(maps) * max(1, 500 / len(images)))
+        added = draw_outliers(maps, outliers, n, options["outliers"] == "noise", g)
         with models.autocast(maps.device):
             found.append(net.upper(added.to(maps)))
     features = torch.cat(found)
