@@ -178,6 +178,8 @@ def decode(paths, size=32, turned=True):
                 kind = repr((image.mode, image.size, image.getpalette())).encode()
                 return hashlib.sha256(kind + image.tobytes()).hexdigest(), ""
         except Exception as problem:  # PIL raises a dozen types for damaged files
+            if models.out_of_memory(problem):
+                raise
             return "", f"{type(problem).__name__}: {problem}".splitlines()[0]
 
     with ThreadPoolExecutor() as pool:
@@ -848,7 +850,7 @@ class Detector:
     Attributes: net, and the entries of NAME.detector.pt, such as .classes.
     """
     a = tau = math.nan
-    made = start = ""  # how it was made, and the digest of the network that it has grown from
+    made = start = digest = ""  # how it was made, from which network, and its own digest
 
     def __init__(self, net, content):
         vars(self).update(content, net=net.eval())
@@ -970,6 +972,8 @@ def open_detector(path, data=None, called=None, device="cpu"):
                  for names in (facts["classes"], data.classes)]
         fail(f"{path} was trained for {lists[0]}: {called} has {lists[1]}; name its own --dataset")
     net = models.load_network(path, len(facts["classes"]), facts["arch"], facts["size"], called)
+    if not content and net.arch not in models.ARCHS:
+        facts["image_mean"], facts["image_std"], _ = models.PRETRAINED[net.arch]
     models.set_scale(net, facts["image_mean"], facts["image_std"])
     if content and (content["digest"] != digest(net)
                     or content["mean"].shape != (net.fc.in_features,)):

@@ -70,12 +70,17 @@ class CLUB(nn.Module):
         self.log_var = nn.Sequential(nn.Linear(x_dim, hidden // 2), nn.ReLU(),
                                      nn.Linear(hidden // 2, y_dim), nn.Tanh())
 
+    def check(self, x, y):
+        x_dim, y_dim = self.mean[0].in_features, self.mean[-1].out_features
+        check(x.dim() == 2 and x.shape[1] == x_dim and y.shape == (len(x), y_dim),
+              f"CLUB takes [B, {x_dim}] and [B, {y_dim}]", x, y)
+
     def forward(self, x, y):
         """x [B, X], y [B, Y] -> mean_i log q(y_i|x_i) - mean_ij log q(y_j|x_i) in nats, a scalar.
 
         Equation 12 of CLUB; the log-determinants of the two means cancel. ValueError: other shapes.
         """
-        check(x.dim() == y.dim() == 2 and len(x) == len(y), "CLUB takes [B, X] and [B, Y]", x, y)
+        self.check(x, y)
         mean, log_var = self.mean(x), self.log_var(x)                 # [B, Y] each
         paired = (y - mean) ** 2
         # mean_j (y_j - mean_i)^2 without a [B, B, Y] tensor, by the centre and spread of the y.
@@ -85,7 +90,7 @@ class CLUB(nn.Module):
 
     def log_likelihood(self, x, y):
         """x [B, X], y [B, Y] -> mean of log q(y_i|x_i) in nats: what q is fitted by."""
-        check(x.dim() == y.dim() == 2 and len(x) == len(y), "CLUB takes [B, X] and [B, Y]", x, y)
+        self.check(x, y)
         mean, log_var = self.mean(x), self.log_var(x)
         squared = (y - mean) ** 2 * (-log_var).exp()
         return -0.5 * (squared + log_var + math.log(2 * math.pi)).sum(1).mean()
@@ -130,10 +135,13 @@ class MICL(nn.Module):
         ratio = critic.score(id_logits, id_features)
         return cls(critic.mean, 1 / ratio.std().clamp_min(1e-6), ratio.quantile(0.05))
 
-    def score(self, logits, features):
-        """Logits [B, C], features [B, D] -> ratio r [B] in float32, higher = more ID."""
+    def check(self, logits, features):
         check(logits.dim() == 2 and features.shape == (len(logits), *self.mean.shape),
               f"MICL takes [B, C] and [B, {len(self.mean)}]", logits, features)
+
+    def score(self, logits, features):
+        """Logits [B, C], features [B, D] -> ratio r [B] in float32, higher = more ID."""
+        self.check(logits, features)
         logits, features = logits.float(), features.float()  # bf16 and float16 ratios would tie
         distance = (features - self.mean.float()).norm(dim=1)
         return (logits.amax(1) - logits.mean(1)) / distance.clamp_min(1e-12)
@@ -150,6 +158,7 @@ class MICL(nn.Module):
         features (under torchrun, of the first process's). ValueError: other shapes.
         """
         check(is_id.shape == logits.shape[:1], "MICL takes a flag for each row", logits, is_id)
+        self.check(logits, features)
         is_id = is_id.bool()
         n_id, n_outliers = is_id.sum(), (~is_id).sum()
         both = (n_id > 0) & (n_outliers > 0)
@@ -192,7 +201,8 @@ def fit_critic(id_scores, outlier_scores):
     with torch.enable_grad():
         optimizer.step(closure)
     slope, offset = line.detach()
-    slope = slope.clamp_min(1e-3)
+    if slope < 1e-3:
+        slope, offset = torch.tensor(1e-3), torch.tensor(0.0)
     return (slope / spread).float(), (centre - spread * offset / slope).float()
 
 

