@@ -75,32 +75,25 @@ class Run(NamedTuple):
 def main():
     args = parse_args()
     options, device = args.options, join_processes(args.device)
-    data, start, teacher, outliers = load_inputs(args, device)
+    data, given, outliers = load_inputs(args, device)
+    start, teacher = given["ce"].net, given["teacher"] and given["teacher"].net
     if args.benchmark:
-        return benchmark(args.out, options, data, start.net, teacher and teacher.net)
+        return benchmark(args.out, options, data, start, teacher)
     run = begin_run(options, args.out, args.resume, data)
-    start, start_made, foreign = start.net, start.made, []  # files that this recipe does not make
-    if args.ce and start_made != made("ce", run):
-        foreign.append(f"--ce {Path(args.ce).name}")
 
     # 1. The start: a cross-entropy network. If ce.pt exists, this run is being resumed.
     if not (run.out / "ce.pt").exists():
         if not args.ce:
             train("ce", CrossEntropy(start), data, run)
-        save_network("ce", start, data, run, made=start_made if args.ce else made("ce", run))
+        save_network("ce", start, data, run, made=given["ce"].made if args.ce else made("ce", run))
     load_weights(start, run.out / "ce.pt")
     own = evaluate.digest(start)
 
     # 2. The teacher: a second cycle of the same recipe, on from the start; or a network with
     # ImageNet weights, fine-tuned; or a file. A pretrained start is the teacher itself.
-    kin = teacher is not None and not is_name(args.teacher)  # has it grown from the start?
-    if args.teacher and not is_name(args.teacher):
-        kin = own in (teacher.start, teacher.digest)
-        if not kin or teacher.made != made("teacher", run):
-            foreign.append(f"--teacher {Path(args.teacher).name}")
-    teacher = teacher and teacher.net
+    kin = has_grown_from(own, args.teacher, given["teacher"])
     if args.pretrained and not args.teacher:
-        teacher, kin = copy.deepcopy(start), True
+        teacher = copy.deepcopy(start)
     elif teacher is not None and (not args.teacher or is_name(args.teacher)):
         if not (run.out / "teacher.pt").exists():
             if not args.teacher:
@@ -112,20 +105,12 @@ def main():
 
     # 3. Outliers, from the start's maps and features; those of a teacher that has not grown from it
     # take the place of its features.
+    searched = start if kin or teacher is None else teacher
     if needs_outliers(options):
-        searched = start if kin or teacher is None else teacher
         if not (run.out / "outliers.pt").exists():
             save_outliers(start, searched, outliers, data, run)
         outliers = synthesize.read_outliers(run.out / "outliers.pt", start)
-        if not outliers.get("network", synthesize.as_bytes(own)).cpu().equal(
-                synthesize.as_bytes(own)):
-            fail(f"{args.outliers} was not made from the start of this run: name the outliers.pt "
-                 "that belongs to --ce")
-        seed = models.generator(options["seed"], "synthesize").initial_seed()
-        settings = synthesize.settings_of(searched, options["per_class"],
-                                          options["diffusion_steps"], seed)
-        if not settings.equal(outliers.get("settings", 0 * settings).cpu()):
-            foreign.append(f"--outliers {Path(args.outliers).name}")
+        check_outliers(outliers, own, args)
 
     # 4. The student, which starts as the start.
     student = copy.deepcopy(start)
@@ -140,6 +125,7 @@ def main():
     if dist.is_initialized():
         dist.destroy_process_group()
     if first:
+        foreign = foreign_files(args, run, given, kin, outliers, searched)
         report(args, run, data, label(args, foreign))
 
 
@@ -524,11 +510,11 @@ def parallel(objective, device):
 
 
 def load_inputs(args, device):
-    """What a run begins with -> (data, start, teacher, outliers), checked before any training.
+    """What a run begins with -> (data, {"ce", "teacher"}, outliers), checked before any training.
 
-    The training images are on the device. start and teacher: Detectors of --ce and --teacher FILE,
-    or of fresh or ImageNet weights, still to be trained. teacher: None if there is neither
-    --teacher nor distillation. outliers: those of --outliers FILE, or None.
+    The training images are on the device. ce and teacher: Detectors of --ce and --teacher FILE, or
+    of fresh or ImageNet weights, still to be trained. teacher: None if there is neither --teacher
+    nor distillation. outliers: those of --outliers FILE, or None.
     """
     options = args.options
     if not is_first():
@@ -562,9 +548,8 @@ def load_inputs(args, device):
         teacher = fresh()
     if args.outliers not in ("diffusion", "noise"):
         outliers = synthesize.read_outliers(args.outliers, start.net)
-        own = synthesize.as_bytes(evaluate.digest(start.net))
-        if args.ce and not outliers.get("network", own).cpu().equal(own):
-            fail(f"{args.outliers} was not made from {args.ce}: name the outliers.pt of its run")
+        if args.ce:
+            check_outliers(outliers, evaluate.digest(start.net), args)
     if is_first():
         if data.missing():
             print(f"missing, and left out of the means: {', '.join(data.missing())}", flush=True)
@@ -572,12 +557,42 @@ def load_inputs(args, device):
         print(f"thresholds are of {n} validation images: {evaluate.worth(n)}", flush=True)
         barrier()
     data.splits["train"] = images.to(device), labels.to(device)
-    return data, start, teacher, outliers
+    return data, {"ce": start, "teacher": teacher}, outliers
 
 
 def is_name(teacher):
     """Whether --teacher names a network of ImageNet, and no file."""
     return teacher in (*models.PRETRAINED, *models.torchvision_names())
+
+
+def has_grown_from(own, teacher, detector):
+    """Whether --teacher, opened as detector, has grown from the start with the digest own."""
+    return not teacher or not is_name(teacher) and own in (detector.start, detector.digest)
+
+
+def check_outliers(outliers, own, args):
+    """Ends the program if outliers say that they are of another network than the start."""
+    own = synthesize.as_bytes(own)
+    if not outliers.get("network", own).cpu().equal(own):
+        fail(f"{args.outliers} was not made from {args.ce or 'the start of this run'}: name the "
+             "outliers.pt of its run")
+
+
+def foreign_files(args, run, given, kin, outliers, searched):
+    """The options that give a file which this row's own recipe would not have made."""
+    found, options = [], run.options
+    if args.ce and given["ce"].made != made("ce", run):
+        found.append(f"--ce {Path(args.ce).name}")
+    if args.teacher and not is_name(args.teacher) and (
+            not kin or given["teacher"].made != made("teacher", run)):
+        found.append(f"--teacher {Path(args.teacher).name}")
+    if needs_outliers(options) and args.outliers != "diffusion":
+        seed = models.generator(options["seed"], "synthesize").initial_seed()
+        settings = synthesize.settings_of(searched, options["per_class"],
+                                          options["diffusion_steps"], seed)
+        if not settings.equal(outliers.get("settings", 0 * settings).cpu()):
+            found.append(f"--outliers {Path(args.outliers).name}")
+    return found
 
 
 def build(options, classes):
