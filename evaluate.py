@@ -216,7 +216,7 @@ def decode_once(paths, size, turned, cache, stamp):
         write(cache, saved)
         if shared:
             saved = torch.load(cache, mmap=True, weights_only=True)
-    except OSError as problem:  # a read-only data folder costs time, not the run
+    except (OSError, RuntimeError) as problem:  # a read-only data folder costs time, not the run
         note(f"not cached: {problem}")
     return saved["images"], saved["digests"], saved["bad"]
 
@@ -408,7 +408,7 @@ def read_classes(folder, size=32, data_root="data"):
         parts = [members[np.isin(own[members], part)] for part in (pictures[ends[-1]:], *parts)]
         if len(parts[0]) < 2:
             fail(f"the class {name} has {len(parts[0])} images to train on in {root / 'train'}: "
-                 "it needs 2")
+                 "it needs 2, or remove the folder")
         for split, part in zip(("train", *absent), parts):
             chosen[split] += part.tolist()
     for split, indices in chosen.items():
@@ -871,13 +871,19 @@ class Detector:
     def judge(self, images):
         """Paths or PIL images, one or a list -> as a call, each turned, resized and cropped.
 
-        OSError: a file that cannot be read.
+        OSError: a file that cannot be read. ValueError: neither a path nor a PIL image.
         """
         one = isinstance(images, (str, os.PathLike, Image.Image))
-        opened = [image if isinstance(image, Image.Image) else Image.open(image)
-                  for image in ([images] if one else images)]
-        return self(torch.stack([to_tensor(ImageOps.exif_transpose(image), self.size)
-                                 for image in opened]))
+        ready = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        for image in [images] if one else images:
+            if not isinstance(image, (str, os.PathLike, Image.Image)):
+                raise ValueError(f"judge takes paths and PIL images, not {type(image).__name__}")
+            opened = image if isinstance(image, Image.Image) else Image.open(image)
+            tensor = to_tensor(ImageOps.exif_transpose(opened), self.size)
+            if opened is not image:
+                opened.close()
+            ready = torch.cat([ready, tensor[None]])
+        return self(ready)
 
     def known(self):
         """What its file says of the training features, as scores take it."""
@@ -962,11 +968,17 @@ def open_detector(path, data=None, called=None, device="cpu"):
     missing, damaged or another run's, or whose classes are not those of data.
     """
     content = read_detector(path)
+    if not data and not os.path.exists(path):
+        fail(f"no checkpoint {path}: name a file of weights")
     if not content and not data:
         fail(f"no {beside(path)}: name the ID set of {path} by --dataset")
     called = called or data and data.name
-    facts = content or {"classes": list(data.classes), "arch": None, "image_mean": data.mean,
-                        "image_std": data.std, "size": data.splits["train"][0].shape[-1]}
+    facts = content
+    if not content:
+        size, stem = data.splits["train"][0].shape[-1], models.size_of_stem(path)
+        size = stem if stem > 96 > size else size  # a network for large images enlarges small ones
+        facts = {"classes": list(data.classes), "arch": None, "image_mean": data.mean,
+                 "image_std": data.std, "size": size}
     if data and facts["classes"] != data.classes:
         lists = [f"{len(names)} classes, {', '.join(names)[:300]}"
                  for names in (facts["classes"], data.classes)]
@@ -1011,7 +1023,8 @@ def folder(text):
 
 def id_set(text):
     """An argparse type: a name of an ID set, or the path of a folder, written in one way."""
-    return text if text in NAMED else os.path.normpath(os.path.expanduser(text))
+    path = text if text in NAMED else os.path.normpath(os.path.expanduser(text))
+    return os.path.abspath(path) if path in NAMED and path != text else path  # the folder ./shapes
 
 
 POSITIVE, SEED = number(int, 1, 10 ** 9), number(int, 0, 10 ** 17)
@@ -1084,11 +1097,11 @@ def main():
     check_common(args)
     if args.flag and not own_set and not read_detector(args.checkpoints[0]):
         fail(f"no {beside(args.checkpoints[0])}: name the ID set of the network by --dataset")
-    sizes = [size_of(path, args.size) for path in args.checkpoints]
+    sizes = [size_of(path, args.size) or models.size_of_stem(path) for path in args.checkpoints]
     if len(set(sizes)) > 1:
         fail(f"these networks are for images {', '.join(map(str, sizes))} wide: measure them one "
              "by one")
-    args.size = sizes[0] or models.size_of_stem(args.checkpoints[0])
+    args.size = sizes[0]
     if args.flag:
         flag(args)
     else:

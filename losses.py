@@ -180,11 +180,11 @@ def fit_critic(id_scores, outlier_scores):
     kinds do not overlap. a > 0, and close to 0 where outliers score above ID images.
     ValueError: an empty input or a number that is not finite.
     """
-    n, m = len(id_scores), len(outlier_scores)
-    scores = torch.cat([id_scores, outlier_scores]).detach().cpu().double()
-    check(n and m and scores.isfinite().all(), "fit_critic takes finite scores [N] and [M]",
-          id_scores, outlier_scores)
-    centre, spread = scores.mean(), scores.std().clamp_min(1e-12)
+    pair = [torch.as_tensor(one).detach().cpu().double() for one in (id_scores, outlier_scores)]
+    check(all(one.dim() == 1 and len(one) and one.isfinite().all() for one in pair),
+          "fit_critic takes finite scores [N] and [M]", id_scores, outlier_scores)
+    scores, (n, m) = torch.cat(pair), map(len, pair)
+    centre, spread = scores.mean(), scores.std().clamp_min(1e-6)
     x = (scores - centre) / spread
     is_id = torch.arange(n + m) < n
     target = torch.where(is_id, (n + 1) / (n + 2), 1 / (m + 2)).double()

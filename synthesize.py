@@ -232,15 +232,15 @@ def linear_part(latents, conds):
     Ridge regression; of four penalties the one with the least error of each row by the others.
     """
     centre, mean = conds.mean(0), latents.mean(0)
-    x, y = (conds - centre).double(), (latents - mean).double()
-    gram, eye = x @ x.T, torch.eye(len(x), device=x.device, dtype=torch.float64)  # [N, N]
+    x, y = (conds - centre).cpu().double(), (latents - mean).cpu().double()
+    gram, eye = x @ x.T, torch.eye(len(x), dtype=torch.float64)  # [N, N]
     best = None
     for penalty in (1, 3, 10, 30):
         inverse = torch.linalg.inv(gram + penalty * gram.diag().mean() * eye)
         left = inverse @ y / inverse.diag()[:, None]  # y less its prediction without its own row
         if best is None or left.square().sum() < best[0].square().sum():
             best = left, x.T @ (inverse @ y)  # [D, L]
-    left, linear = best[0].float(), best[1].float()
+    left, linear = (part.float().to(latents.device) for part in best)
     return mean - centre @ linear, linear, left.square().mean(0)
 
 
@@ -254,8 +254,8 @@ def train_diffusion(latents, conds, steps, generator, width=512):
     random, small = {"generator": generator, "device": latents.device}, len(latents) < SMALL
     pool, mean, linear, variance = latents, latents.mean(0), None, latents.var(0)
     if small:
-        order = torch.randperm(len(latents), **random)
-        held, own = order[:math.ceil(len(order) / 10)], order[len(order) // 10:]
+        order, n = torch.randperm(len(latents), **random), math.ceil(len(latents) / 10)
+        held, own = order.split([n, len(order) - n])
         held = held.repeat(math.ceil(1000 / len(held)))  # each under many times and noises
         pool = latents[own]
         mean, linear, variance = linear_part(pool, conds[own])
@@ -520,7 +520,7 @@ def read_outliers(path, net):
                         for name in ("boundary", "latent") if f"{name}_labels" in found)
                 and all(value.isfinite().all() for value in found.values()))
     except Exception as problem:  # no such file, another format, other keys
-        if models.out_of_memory(problem):
+        if models.out_of_memory(problem) or isinstance(problem, OSError):
             raise
         fits = False
     if not fits:

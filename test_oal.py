@@ -2218,8 +2218,8 @@ def test_a_classifier_of_torchvision_by_its_name(shufflenet, refused):
     with torch.device("meta"):
         for name, dim in shapes.items():
             assert models.build(name, 7).fc.weight.shape == (7, dim)
-    for name, says in (("squeezenet1_0", "no linear layer"), ("googlenet", "auxiliary heads")):
-        assert says in refused(models.build_pretrained, name, 7, 96, ".")
+    for name, says in (("squeezenet1_0", "ends in no linear layer"), ("googlenet", "has auxiliary heads")):
+        assert f"{name} {says}: name another" in refused(models.build_pretrained, name, 7, 96, ".")
     old = {"features.denseblock1.denselayer1.norm.1.weight": 1, "features.denseblock1.denselayer1.conv.2.weight": 2}
     assert list(models.renamed({name: torch.ones(2, 2) for name in old} | {"classifier.weight": torch.ones(1, 2)})) == [
         "features.denseblock1.denselayer1.norm1.weight", "features.denseblock1.denselayer1.conv2.weight",
@@ -2251,6 +2251,37 @@ def test_a_named_teacher(shufflenet, tiny, monkeypatch, refused):
     assert "a start is one of" in refused(go, train, "--ce a/teacher.pt --out new")
     os.remove("a/teacher.detector.pt")
     assert "a classifier of torchvision" in refused(go, evaluate, "a/teacher.pt", alone=False)
+
+
+def test_a_named_teacher_of_a_pretrained_network(shufflenet, pretrained, tmp_path):
+    """Fine-tuned on random resized crops; it finds the boundary, its logits are distilled; one layer learns."""
+    pretrained("run", "--epochs 1 --data-root", tmp_path, "--teacher shufflenet_v2_x0_5")
+    outliers, (start, student) = load("run/outliers.pt"), (load(f"run/{name}.pt") for name in ("ce", "student"))
+    assert outliers["boundary"].shape[1] == 1024 and load("run/teacher.detector.pt")["score"] == "micl"
+    assert all(value.equal(start[name]) != name.startswith("fc.") for name, value in student.items())
+
+
+def test_dropout_of_a_teacher_is_resumed_to_the_same_bits(tiny, monkeypatch):
+    """Its draws come from the run's generator: whatever the state of torch's own, killed or not."""
+    net = torchvision.models.mobilenet_v3_small().eval()
+    torch.save(net.state_dict(), "mobilenet_v3_small-047dcff4.pth")
+    monkeypatch.setattr(evaluate, "SHAPES_SIZES", {**dict.fromkeys(evaluate.SHAPES_SEEDS, 8), "train": 40})
+    save, found = train.save_checkpoint, []
+    def killed(run, state):
+        save(run, state)
+        if state["stage"] == "teacher" and run.out == Path("stopped") and len(found) == 1:
+            found.append("killed")
+            raise RuntimeError("killed")
+    monkeypatch.setattr(train, "save_checkpoint", killed)
+    words = "--data-root . --epochs 2 --w-micl 0 --teacher mobilenet_v3_small"
+    tiny("whole", words)
+    found.append(load("whole/teacher.pt"))
+    torch.manual_seed(77)
+    with pytest.raises(RuntimeError, match="killed"):
+        tiny("stopped", words)
+    torch.manual_seed(78)
+    tiny("stopped", words, "--resume")
+    assert all(value.equal(found[0][name]) for name, value in load("stopped/teacher.pt").items())
 
 
 def test_resized_crops(monkeypatch):
@@ -2814,6 +2845,16 @@ def test_a_detector_of_shapes_is_measured_at_its_size(tiny, refused):
     assert results_of("e")["size"] == 64 and results_of("e")["models"]["student"] == results_of("run")["models"]["oal"]
     save_net("small.pt")
     assert "one by one" in refused(go, evaluate, "small.pt run/student.pt --out e", alone=False)
+    shutil.copy("small.pt", "other.pt")
+    go(evaluate, "small.pt other.pt --out two")  # without detector files both are 32 wide
+    assert len(results_of("two")["models"]) == 2
+
+
+def test_a_folder_that_is_called_like_a_set_is_a_folder():
+    draw_classes("shapes", train_a=9, train_b=9)
+    for words, name in (("./shapes", os.path.abspath("shapes")), ("shapes/", os.path.abspath("shapes")),
+                        ("shapes", "shapes"), ("./x/../photos/", "photos")):
+        assert evaluate.id_set(words) == name
 
 
 def test_a_teacher_sees_its_own_size_mean_and_std_and_teaches_maps_to_its_kin(default_run, tiny):
@@ -2898,8 +2939,9 @@ def test_a_detector_in_other_programs(photos):
     for given in wrong:
         with pytest.raises(ValueError, match=r"uint8 \[N, 3, 32, 32\]"):
             detector(given)
-    for given in (["nope.png"], ["net.pt"]):
-        with pytest.raises(OSError):
+    assert len(detector.judge([])[0]) == 0
+    for given, error in ((["nope.png"], OSError), (["net.pt"], OSError), ([images[0]], ValueError), ([3], ValueError)):
+        with pytest.raises(error):
             detector.judge(given)
 
 

@@ -374,8 +374,12 @@ def train(stage, objective, data, run):
         if place == 0:
             order = torch.randperm(len(images), generator=g, device=images.device)
         index = order[place * batch:(place + 1) * batch]
-        x = resized_crop(images[index], g) if probe else augment(images[index], options["crop"], g)
+        x = images[index]
+        x = resized_crop(x, g) if options["pretrained"] else augment(x, options["crop"], g)
         x, y = own_rows(x), own_rows(labels[index])
+        if fine_tuned:  # its dropout draws from torch's own numbers
+            seed = torch.randint(2 ** 62, (), generator=g, device=images.device)
+            torch.manual_seed(int(seed))
         loss, terms = engine(x, y, g)
         optimizer.zero_grad()
         loss.backward()
@@ -440,7 +444,8 @@ def resized_crop(images, g):
     across = torch.stack([sign * width, zero, (2 * x - 1) * (1 - width)], dim=1)  # [B, 3]
     down = torch.stack([zero, height, (2 * y - 1) * (1 - height)], dim=1)
     grid = F.affine_grid(torch.stack([across, down], 1), images.shape, align_corners=False)
-    out = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    grid = grid.clamp(1 / images.shape[-1] - 1, 1 - 1 / images.shape[-1])  # centres of pixels
+    out = F.grid_sample(images.float(), grid, align_corners=False)
     return out.round().to(torch.uint8)
 
 
@@ -574,7 +579,8 @@ def check_outliers(outliers, own, args):
     """Ends the program if outliers say that they are of another network than the start."""
     own = synthesize.as_bytes(own)
     if not outliers.get("network", own).cpu().equal(own):
-        fail(f"{args.outliers} was not made from {args.ce or 'the start of this run'}: name the "
+        path = args.out / "outliers.pt" if args.outliers == "diffusion" else args.outliers
+        fail(f"{path} was not made from {args.ce or 'the start of this run'}: name the "
              "outliers.pt of its run")
 
 
@@ -658,7 +664,10 @@ def load_checkpoint(out):
 
 
 def save_network(name, net, data, run, outliers=None, **texts):
-    """Writes NAME.detector.pt and NAME.pt, in the first process; the others wait."""
+    """Writes NAME.detector.pt and NAME.pt, in the first process; the others wait.
+
+    The detector of a teacher with a size of its own is made from this run's images, resized.
+    """
     barrier()  # until every process has looked for the file
     if is_first():
         options = run.options
@@ -827,6 +836,10 @@ def parse_args():
         fail("--outliers noise and --contrast are for the default recipe: leave out --recipe "
              "released")
     choose_network(args)
+    if args.teacher and not is_name(args.teacher) and not Path(args.teacher).is_file():
+        fail(f"no teacher {args.teacher}: name a file of weights, or a classifier of torchvision")
+    if args.outliers not in ("diffusion", "noise") and not Path(args.outliers).is_file():
+        fail(f"no outliers {args.outliers}: name an outliers.pt")
     if args.pretrained and (args.recipe == "released" or args.w_maps):
         fail(f"of {args.pretrained} the last layer alone is trained: leave out --recipe released "
              "and --w-maps, or name another network by --arch")
