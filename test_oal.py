@@ -581,6 +581,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     draw_classes(home, mine_a=1, strange=1)
     save_net(home / "x.pt")
+    (home / "o.pt").touch()
     monkeypatch.setattr(evaluate, "measure", seen.append)
     go(evaluate, "~/x.pt", words)
     seen.append(go(train, words, "--arch resnet_tiny --teacher=~/x.pt --outliers=~/o.pt", main="parse_args"))
