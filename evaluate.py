@@ -665,7 +665,8 @@ def evaluate(net, data, scores, ref):
     """A network on the sets of data -> (entry of results.json, {score: {set: confidence [N]}})."""
     groups = {name: group for group, names in data.groups.items() for name in names
               if name in data.splits}
-    outputs = {name: models.predict(net, data.splits[name][0]) for name in ("test", *groups)}
+    outputs = {name: models.predict(net, data.splits[name][0])
+               for name in models.progress("sets through the network", ["test", *groups])}
     hits = (outputs["test"][0].argmax(1) == data.splits["test"][1]).double()
     entry = {"id_acc": 100 * hits.mean().item(), "scores": {}}
     confidences = {}

@@ -480,6 +480,7 @@ def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
     features take the place of the network's.
     """
     images, labels = data.splits["train"]
+    print(f"synthesize: maps and features of {len(images)} images", flush=True)
     _, _, codec = codec_of(net, data)
     latents = torch.cat([encode(maps, codec) for maps, _ in
                          models.feature_batches(net, images)])  # [N, L]

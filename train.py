@@ -670,8 +670,8 @@ def save_network(name, net, data, run, outliers=None, **texts):
     """
     barrier()  # until every process has looked for the file
     if is_first():
-        options = run.options
-        added = None
+        print(f"{name}.pt and its detector", flush=True)
+        options, added = run.options, None
         if name == "student" and options["recipe"] == "oal" and options["w_micl"]:
             added = outlier_outputs(net, data, outliers, options)
         score = "micl_knn" if options["pretrained"] and name != "teacher" else "micl"
@@ -713,6 +713,7 @@ def report(args, run, data, label):
     """Measures start and student, writes results.json, prints the tables."""
     begun, measured = time.perf_counter(), {}
     for name, file in (("ce", "ce.pt"), ("oal", "student.pt")):
+        print(f"evaluate: {file}", flush=True)
         measured[name], _ = evaluate.measure_file(run.out / file, data, list(evaluate.SCORES),
                                                   args.device)
     seconds = {**run.seconds, "evaluate": time.perf_counter() - begun}
