@@ -2,7 +2,7 @@
 
     python evaluate.py runs/cifar100/student.pt --dataset cifar100 --data-root DIR [--ood FOLDER]
     python evaluate.py runs/photos/student.pt --flag FOLDER > flags.csv  # verdict per image
-    python evaluate.py --collect results/cifar100/*.json  # tables over seeds
+    python evaluate.py --collect results/photos/*.json  # tables over seeds
 
 Lists, transform and metrics are those of OpenOOD v1.5 (arXiv 2306.09301). A score is a confidence:
 higher = more in-distribution.
