@@ -166,7 +166,7 @@ def decode(paths, size=32, turned=True):
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     brightest = []  # the brightest pixel of each 16-bit image
 
-    def read(i):  # -> the digest of the whole image, b"" and why there is none
+    def read(i):  # -> (the digest of the whole image, ""), or ("", why there is none)
         if not os.path.isfile(paths[i]):
             return "", "not a regular file"  # opening a named pipe would wait for ever
         try:

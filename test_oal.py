@@ -3135,6 +3135,25 @@ def test_the_tables_on_the_pages_are_those_of_the_files():
             assert len(rows) > 2 and not [row for row in rows if row not in text.splitlines()], pattern
 
 
+def test_the_first_table_is_that_of_the_files():
+    """README's rows of photographs: means over the seeds of results/, to a tenth; and the shares that are flagged."""
+    def means(pattern, model, score):
+        runs = [json.loads(path.read_text())["models"][model] for path in sorted(HERE.glob(f"results/{pattern}.json"))]
+        sets = [list(run["scores"][score]["sets"].values()) for run in runs]
+        columns = [run["id_acc"] for run in runs], *([one["auroc"] for one in column] for column in zip(*sets))
+        assert len(runs) == 3
+        return " | ".join(f"{np.mean(column):.1f}" for column in columns)
+    page = (HERE / "README.md").read_text()
+    for pattern, *what in (("scratch/scratch-?", "oal", "micl"), ("photos/oal-?", "ce", "ebo"),
+                           ("photos/oal-?", "ce", "micl_knn"), ("photos/oal-?", "oal", "micl_knn")):
+        assert f"| {means(pattern, *what)} |" in page
+    seeds = json.loads((HERE / "results/flags.json").read_text())["seeds"].values()
+    shares = [np.mean([100 * row[name]["flagged"] / row[name]["n"] for row in seeds])
+              for name in ("far", "near", "test")]
+    assert "{:.0f} % of the far images above are flagged, {:.0f} % of the near and {:.0f} % of the new".format(
+        *shares) in " ".join(page.split())
+
+
 def test_tables_of_evaluate_py():
     """Rows are the files' names, without a seed or minutes."""
     own = {"dataset": "shapes", "size": 32, "seconds": {"total": 9.0}, "missing": [], "models": {

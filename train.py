@@ -156,7 +156,7 @@ class OAL(nn.Module):
 
     def __init__(self, net, teacher, kin, outliers, data, options):
         super().__init__()
-        self.net, self.outliers, self.kin = net, outliers, kin
+        self.net, self.outliers = net, outliers
         self.w = {name: options[f"w_{name}"] for name in ("kd", "maps", "micl")}
         self.noise = options["outliers"] == "noise"
         self.teacher = self.projection = self.critic = self.teacher_head = None
@@ -208,11 +208,11 @@ class Released(nn.Module):
     """The losses of the paper's code (HengGao12/OAL, openood/trainers/oal_trainer.py), in float32.
 
     Outliers are drawn without regard to the images, so that both CLUBs have expectation zero
-    (README, 'Audit'). One optimiser lowers them over q and the network together. The second
+    (results/README.md, 'Audit'). One optimiser lowers them over q and the network together. The second
     CLUB has a deeper mean net (openood/losses/deep_mi_loss.py).
     """
 
-    def __init__(self, net, teacher, kin, outliers, data, options):
+    def __init__(self, net, teacher, outliers, options):
         super().__init__()
         self.net, self.outliers = net, outliers
         self.w = {name: options[f"w_{name}"] for name in ("kd", "maps", "boundary", "micl")}
@@ -272,14 +272,18 @@ class VOS(nn.Module):
 
 
 def student_objective(student, teacher, kin, outliers, data, options):
-    """The objective of the recipe or peer. Fresh weights of its parts depend on the seed alone."""
+    """The objective of the recipe or peer; kin: the teacher has grown from the start.
+
+    Fresh weights of its parts depend on the seed alone.
+    """
     teacher = teacher if distils(options) else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(models.generator(options["seed"], "heads").initial_seed())
         if options["peer"]:
             return VOS(student, data, options)
-        kind = {"oal": OAL, "released": Released}[options["recipe"]]
-        return kind(student, teacher, kin, outliers, data, options)
+        if options["recipe"] == "released":
+            return Released(student, teacher, outliers, options)
+        return OAL(student, teacher, kin, outliers, data, options)
 
 
 def distils(options):
