@@ -2330,6 +2330,14 @@ def test_a_small_sets_diffusion_model(one_thread, capsys):
     assert "loss" in capsys.readouterr().out
 
 
+def test_a_small_sets_diffusion_model_is_that_of_its_best_step(one_thread, monkeypatch, capsys):
+    """Steps a thousand times as long only do harm: the model is that of step 0, whose residual is 0."""
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda given, lr, **more: adamw(given, 1000 * lr, **more))
+    net = synthesize.train_diffusion(randn(60, 4), randn(60, 6, seed=1), 60, rng(), width=16)
+    assert "diffusion model, 0 steps, loss" in capsys.readouterr().out and not net.leave.weight.any()
+
+
 def test_outlier_exposure_in_place_of_micl():
     net, x, y = tiny_net(), random_images(8), torch.arange(8)
     data = image_set(x, y)
@@ -2869,6 +2877,8 @@ def test_a_teacher_sees_its_own_size_mean_and_std_and_teaches_maps_to_its_kin(de
     large = F.interpolate(x.float() / 255, 64, mode="bilinear", antialias=True)
     by_hand = (large - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / 0.5
     assert allclose(teacher.prepare(x), by_hand, atol=1e-6)
+    bars = (255 * (torch.arange(128) % 4 == 0)).to(torch.uint8).expand(1, 3, 128, 128)  # a quarter is bright
+    assert (student.prepare(bars)[..., 2:-2] - (0.25 - 0.5) / 0.25).abs().max() < 0.2  # made small: no bar is left out
     kinds, inner = [], train.student_objective
     def watched(student, teacher, kin, *given):
         kinds.append(kin)
