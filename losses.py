@@ -167,9 +167,9 @@ class MICL(nn.Module):
             id_mean = (features.detach().float() * is_id[:, None]).sum(0) / n_id
             self.mean.lerp_(torch.where(both, id_mean, self.mean).to(self.mean), 0.1)
         log_odds = self.log_a.exp() * (self.score(logits, features) - self.tau)  # [B]
-        nll = F.softplus(torch.where(is_id, -log_odds, log_odds))  # [B], -log q(Z|h)
-        weight = torch.where(is_id, 0.5 / n_id, 0.5 / n_outliers)  # both kinds weigh the same
-        return torch.where(both, (nll * weight).sum() - math.log(2), 0.0)
+        weight = torch.where(is_id, 0.5 / n_id, 0.5 / n_outliers)  # [B], both kinds weigh the same
+        nll = F.binary_cross_entropy_with_logits(log_odds, is_id.float(), weight, reduction="sum")
+        return torch.where(both, nll - math.log(2), 0.0)
 
 
 def fit_critic(id_scores, outlier_scores):
