@@ -380,14 +380,14 @@ def read_classes(folder, size=32, data_root="data"):
     """
     root, splits, digests = Path(folder), {}, {}
     classes = class_names(root / "train")
-    place = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
     for name in ("validation", "valid", "val", "test", "train"):
         if not (root / name).is_dir():
             continue
         split = "val" if name.startswith("val") else name
         if split in splits:
             fail(f"{root} has two of val/, valid/ and validation/: keep one")
-        cache = Path(data_root, "oal_cache", "folders", f"{place}_{split}_{size}.pt")
+        cache = Path(data_root, "oal_cache", "folders", f"{key}_{split}_{size}.pt")
         images, paths, digests[split], _ = read_folder(root / name, size, cache)
         labels = [composed(Path(os.path.relpath(path, root)).parts[1]) for path in paths]
         for label in set(labels) - set(classes):
@@ -429,9 +429,9 @@ def read_classes(folder, size=32, data_root="data"):
              + f"; {shared} stand in two of train/, val/ and test/" * bool(shared))
     images, _ = splits["train"]
     means = torch.stack([image.double().mean((1, 2)) for image in images]) / 255  # [N, 3]
-    spreads = torch.stack([image.double().var((1, 2), correction=0) for image in images]) / 255 ** 2
+    within = torch.stack([image.double().var((1, 2), correction=0) for image in images]) / 255 ** 2
     mean = means.mean(0)  # [3]
-    std = (spreads.mean(0) + means.var(0, correction=0)).clamp_min(1e-4).sqrt()  # not 0
+    std = (within.mean(0) + means.var(0, correction=0)).clamp_min(1e-4).sqrt()  # not 0
     return ImageSet(str(folder), classes, mean.float(), std.float(), {"near": (), "far": ()},
                     splits, dict.fromkeys(splits, "folder"))
 
@@ -729,8 +729,8 @@ def table_rows(runs):
 
 
 def mean_std(values):
-    spread = f"±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}" if values else ""
+    std = f"±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{std}" if values else ""
 
 
 def gain(differences):
@@ -814,15 +814,16 @@ def collect(paths):
         fail(f"--collect {' '.join(map(str, paths))}: no results.json of one benchmark ({problem})")
 
 
-def plot(path, columns):
-    """{heading: {set: conf [N]}} -> a picture: per OOD set its histogram beside the ID set's."""
+def plot(path, columns, names):
+    """{heading: {set: conf [N]}}, names of OOD sets -> a picture: a row of histograms for each set,
+    beside those of the ID set.
+    """
     from matplotlib.figure import Figure
 
     def drawable(text):  # not UTF-8, it cannot be drawn; a dollar would begin a formula
         return text.encode(errors="replace").decode().replace("$", r"\$")
 
-    names = [name for name in next(iter(columns.values())) if name != "test"]
-    figure = Figure(figsize=(3.2 * len(columns), 1.6 * len(names)))
+    figure = Figure(figsize=(4 * len(columns), 2.2 * len(names)))
     axes = figure.subplots(len(names), len(columns), squeeze=False)
     for row, name in zip(axes, names):
         for axis, (heading, conf) in zip(row, columns.items()):
@@ -830,14 +831,13 @@ def plot(path, columns):
             low, high = np.quantile(np.concatenate(pair), [0.001, 0.999])
             axis.hist(pair, 60, range=(low, high), density=True, histtype="stepfilled",
                       alpha=0.6, label=["ID", drawable(Path(name).name)])
-            axis.axvline(threshold_at(conf["test"]), color="black", linewidth=1)
             auroc = detection_metrics(*pair)["auroc"]
-            axis.set_title(f"{drawable(heading)}, AUROC {auroc:.1f}", fontsize=9)
+            axis.set_title(f"{drawable(heading)}: AUROC {auroc:.1f}", fontsize=9)
             axis.set_yticks([])
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=8)
     figure.tight_layout()
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=70)
+    figure.savefig(picture, format="png", dpi=90)
     write(path, picture.getvalue())
 
 
@@ -1081,7 +1081,8 @@ def main():
     parser.add_argument("--flag", type=folder, metavar="FOLDER",
                         help="print class, score, verdict and P(ID) of each image of the folder, "
                         "by NAME.detector.pt, else by the images of --dataset")
-    parser.add_argument("--plot", metavar="FILE.png", help="histograms (ebo and micl for all)")
+    parser.add_argument("--plot", metavar="FILE.png", help="histograms of a near and a far set: "
+                        "the first network by energy, the last by its detector's score")
     parser.add_argument("--collect", nargs="+", action="extend", metavar="RESULTS.json",
                         help="print the tables of these runs and stop")
     parser.add_argument("--out", default="runs/evaluate", type=os.path.expanduser,
@@ -1116,7 +1117,7 @@ def measure(args):
         fail(f"{path} holds another program's results: name another folder with --out")
     if args.plot and not (args.plot.lower().endswith(".png") and find_spec("matplotlib")):
         fail(f"--plot {args.plot}: install matplotlib, and name a file that ends in .png")
-    start, columns = time.perf_counter(), {}
+    start, confidences = time.perf_counter(), {}
     scores = list(SCORES) if args.score == "all" else [args.score]
     data = load_set(args.dataset, args.data_root, args.size, ood=args.ood)
     if not set(data.splits) - set(ID_SPLITS):
@@ -1124,14 +1125,19 @@ def measure(args):
     results = {**describe("evaluate.py", data, args.size, args.device), "models": {}}
     for file in args.checkpoints:
         name = Path(file).stem if Path(file).stem not in results["models"] else file
-        results["models"][name], conf = measure_file(file, data, scores, args.device, args.called)
-        columns |= {f"{name}: {score}": conf[score] for score in scores
-                    if score in ("ebo", "micl", args.score)}
+        results["models"][name], confidences[name] = measure_file(file, data, scores, args.device,
+                                                                  args.called)
     results["seconds"] = {"total": time.perf_counter() - start}
     print("\n".join(tables([results])))
     write(path, json.dumps(results, indent=1))
     if args.plot:
-        plot(args.plot, columns)
+        detector, names = read_detector(file), list(confidences)
+        by = {names[0]: "ebo", name: detector["score"] if detector else "micl"}
+        by = dict.fromkeys(by, args.score) if args.score != "all" else by
+        sets = {group: [one for one in members if one in data.splits]
+                for group, members in data.groups.items()}
+        plot(args.plot, {f"{one}, {score}": confidences[one][score] for one, score in by.items()},
+             [*sets["near"][:1], *sets["far"][:1], *sets["yours"]][:2])
     print(f"written: {path}{f', {args.plot}' if args.plot else ''}")
 
 

@@ -83,7 +83,7 @@ class CLUB(nn.Module):
         self.check(x, y)
         mean, log_var = self.mean(x), self.log_var(x)                 # [B, Y] each
         paired = (y - mean) ** 2
-        # mean_j (y_j - mean_i)^2 without a [B, B, Y] tensor, by the centre and spread of the y.
+        # mean_j (y_j - mean_i)^2 without a [B, B, Y] tensor, by the mean and variance of the y.
         centre = y.mean(0)
         all_pairs = (centre - mean) ** 2 + ((y - centre) ** 2).mean(0)
         return ((all_pairs - paired) / 2 * (-log_var).exp()).sum(1).mean()
@@ -184,8 +184,8 @@ def fit_critic(id_scores, outlier_scores):
     check(all(one.dim() == 1 and len(one) and one.isfinite().all() for one in pair),
           "fit_critic takes finite scores [N] and [M]", id_scores, outlier_scores)
     scores, (n, m) = torch.cat(pair), map(len, pair)
-    centre, spread = scores.mean(), scores.std().clamp_min(1e-6)
-    x = (scores - centre) / spread
+    mean, std = scores.mean(), scores.std().clamp_min(1e-6)
+    x = (scores - mean) / std
     is_id = torch.arange(n + m) < n
     target = torch.where(is_id, (n + 1) / (n + 2), 1 / (m + 2)).double()
     weight = torch.where(is_id, 0.5 / n, 0.5 / m).double()
@@ -203,7 +203,7 @@ def fit_critic(id_scores, outlier_scores):
     slope, offset = line.detach()
     if slope < 1e-3:
         slope, offset = torch.tensor(1e-3), torch.tensor(0.0)
-    return (slope / spread).float(), (centre - spread * offset / slope).float()
+    return (slope / std).float(), (mean - std * offset / slope).float()
 
 
 def outlier_exposure(outlier_logits):

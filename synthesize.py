@@ -49,12 +49,12 @@ def nearest_features(queries, features):
 
 
 @torch.no_grad()
-def boundary_outliers(features, labels, per_class=100, generator=None, k_fraction=0.6, boundary=50,
+def boundary_outliers(features, labels, per_class=100, generator=None, k_fraction=0.6, images=50,
                       draws=1500, keep=2, sigma=0.07):
     """Outliers about the boundary of every class -> (float32 [C * per_class, D] unit, labels).
 
-    features float32 [N, D] of any length, labels int64 [N]. Per class, the `boundary` images with
-    the farthest k-th neighbour (k = k_fraction of the class) are its boundary. Around each in turn
+    features float32 [N, D] of any length, labels int64 [N]. Per class, the `images` with the
+    farthest k-th neighbour (k = k_fraction of the class) are its boundary. Around each in turn
     the `keep` farthest of `draws` samples of N(0, s^2 I), renormalised, are kept. NPOS: 2303.02966.
 
     s = sigma sqrt(768 / D): at every D, the cosine of a sample to its boundary point, about
@@ -73,7 +73,7 @@ def boundary_outliers(features, labels, per_class=100, generator=None, k_fractio
             raise ValueError(f"boundary_outliers: class {label} has a single image")
         k = max(1, min(len(bank) - 1, round(k_fraction * len(bank))))
         own = kth_distance(bank, bank, k + 1)  # k + 1: an image is its own nearest neighbour
-        points = bank[own.argsort(descending=True, stable=True)[:boundary]]  # [P, D]
+        points = bank[own.argsort(descending=True, stable=True)[:images]]  # [P, D]
         kept = []
         while sum(map(len, kept)) < per_class:
             point = points[len(kept) % len(points)]
@@ -394,18 +394,18 @@ def outlier_words(pipe, data, features, per_class, n, generator):
     boundary, classes = boundary_outliers(features, labels, per_class, generator)
     chosen = torch.randint(len(boundary), (n,), generator=generator, device=boundary.device)
     outliers = {"boundary": boundary, "boundary_labels": classes, "latent_labels": classes[chosen]}
-    length, boundary = words.norm(dim=1)[classes[chosen], None], boundary[chosen]
-    return outliers, (length * boundary, length * nearest_features(boundary, features))
+    length, drawn = words.norm(dim=1)[classes[chosen], None], boundary[chosen]
+    return outliers, (length * drawn, length * nearest_features(drawn, features))
 
 
 @torch.no_grad()
 def prompt_states(pipe, words):
     """Words [B, E] -> the text encoder's states [B, 77, E] of SD_PROMPT, with each as last word."""
     ids = pipe.tokenizer(SD_PROMPT, padding="max_length", return_tensors="pt").input_ids  # [1, 77]
-    place = torch.tensor(len(pipe.tokenizer(SD_PROMPT).input_ids) - 2, device=pipe.device)
+    last = torch.tensor(len(pipe.tokenizer(SD_PROMPT).input_ids) - 2, device=pipe.device)
 
     def put(module, args, embedded):
-        return embedded.index_copy(1, place, words[:, None].to(embedded))
+        return embedded.index_copy(1, last, words[:, None].to(embedded))
     with pipe.text_encoder.get_input_embeddings().register_forward_hook(put):
         return pipe.text_encoder(ids.to(pipe.device).expand(len(words), -1))[0]
 

@@ -735,7 +735,7 @@ def test_kth_distance_against_a_loop():
 def test_boundary_outliers_against_a_loop():
     """The same draws, each step by the definition: rank, draw, keep, in Python loops."""
     features, labels = randn(60, 8, seed=1), torch.arange(3).repeat(20)
-    found, found_labels = boundary_outliers(features, labels, 5, rng(2), boundary=2, draws=30)
+    found, found_labels = boundary_outliers(features, labels, 5, rng(2), images=2, draws=30)
     unit, g, expected = features / features.norm(dim=1, keepdim=True), rng(2), []
     for c in range(3):
         bank = unit[labels == c]
@@ -1746,15 +1746,15 @@ def test_the_released_recipe_is_that_of_released_md(tiny, monkeypatch):
     x, y, data = x[:10], y[:10], image_set(x, y)
     objective = train.student_objective(net, teacher, True, outliers, data, options)
     layers = lambda part: [(one.in_features, one.out_features) for one in part if isinstance(one, torch.nn.Linear)]
-    assert layers(objective.boundary.mean) == layers(objective.boundary.log_var) == [(768, 256), (256, 128)]
-    assert layers(objective.latent.mean) == [(64, 32), (32, 16), (16, 256), (256, 128)]
-    assert layers(objective.latent.log_var) == [(64, 256), (256, 128)]
+    assert layers(objective.boundary_club.mean) == layers(objective.boundary_club.log_var) == [(768, 256), (256, 128)]
+    assert layers(objective.latent_club.mean) == [(64, 32), (32, 16), (16, 256), (256, 128)]
+    assert layers(objective.latent_club.log_var) == [(64, 256), (256, 128)]
     g = rng(3)
     with torch.no_grad():
         loss, terms = objective(x, y, rng(3))
         scaled = net.prepare(x)
         logits, h = net(scaled, return_feature=True)
-        for kind, part, name in (("boundary", "boundary", "boundary"), ("micl", "latent", "released")):
+        for kind, part, name in (("boundary", "boundary_club", "boundary"), ("micl", "latent_club", "released")):
             drawn, club = outliers[name][torch.randperm(20, generator=g)[:10]], getattr(objective, part)
             mean, log_var = club.mean(drawn), club.log_var(drawn)
             log_q = torch.stack([-0.5 * ((h[j] - mean) ** 2 / log_var.exp() + log_var).sum(1) for j in range(10)], 1)
@@ -3228,6 +3228,6 @@ def test_histograms_are_drawn_whatever_a_set_is_called(tmp_path):
     pytest.importorskip("matplotlib")
     conf, name = torch.arange(9.0), "a$_$ " + os.fsdecode(b"caf\xe9") * (sys.platform == "linux")
     columns = {f"{name}: {score}": {"test": conf, f"{tmp_path}/{name}": conf - 1, "far": conf / 2} for score in "ab"}
-    evaluate.plot(tmp_path / "one.png", columns)
+    evaluate.plot(tmp_path / "one.png", columns, [f"{tmp_path}/{name}", "far"])
     size = Image.open(tmp_path / "one.png").size
-    assert size == (2 * 224, 2 * 112)  # 3.2 x 1.6 inches of 70 dots each
+    assert size == (2 * 360, 2 * 198)  # 4 x 2.2 inches of 90 dots each

@@ -60,7 +60,8 @@ RECIPES = {"oal": dict(w_kd=4.0, w_maps=16.0, w_boundary=0.0, w_micl=1.0),
 # A teacher with ImageNet weights is fine-tuned by Adam, as released for CIFAR-100.
 FINE_TUNING = dict(lr=1e-4, epochs=50)
 # SGD settings of the projection of a teacher's features, of the CLUBs, of MICL's a and tau.
-PARTS = {"projection": dict(lr=0.01), "boundary": dict(lr=1e-4), "latent": dict(lr=1e-4),
+PARTS = {"projection": dict(lr=0.01), "boundary_club": dict(lr=1e-4),
+         "latent_club": dict(lr=1e-4),
          "critic": dict(weight_decay=0.0)}
 
 
@@ -85,7 +86,8 @@ def main():
     if not (run.out / "ce.pt").exists():
         if not args.ce:
             train("ce", CrossEntropy(start), data, run)
-        save_network("ce", start, data, run, made=given["ce"].made if args.ce else made("ce", run))
+        how = given["ce"].made if args.ce else made("ce", run)
+        once(save_network, "ce", start, data, run, made=how)
     load_weights(start, run.out / "ce.pt")
     own = evaluate.digest(start)
 
@@ -99,8 +101,8 @@ def main():
             if not args.teacher:
                 load_weights(teacher, run.out / "ce.pt")
             train("teacher", CrossEntropy(teacher), data, run)
-            save_network("teacher", teacher, data, run, made=made("teacher", run),
-                         start=own if kin else "")
+            once(save_network, "teacher", teacher, data, run, made=made("teacher", run),
+                 start=own if kin else "")
         load_weights(teacher, run.out / "teacher.pt")
 
     # 3. Outliers, from the start's maps and features; those of a teacher that has not grown from it
@@ -108,7 +110,7 @@ def main():
     searched = start if kin or teacher is None else teacher
     if needs_outliers(options):
         if not (run.out / "outliers.pt").exists():
-            save_outliers(start, searched, outliers, data, run)
+            once(save_outliers, start, searched, outliers, data, run)
         outliers = synthesize.read_outliers(run.out / "outliers.pt", start)
         check_outliers(outliers, own, args)
 
@@ -117,7 +119,8 @@ def main():
     if not (run.out / "student.pt").exists():
         objective = student_objective(student, teacher, kin, outliers, data, options)
         train("oal", objective, data, run)
-        save_network("student", student, data, run, outliers, start=own, made=made("oal", run))
+        once(save_network, "student", student, data, run, outliers, start=own,
+             made=made("oal", run))
     load_weights(student, run.out / "student.pt")
 
     # 5. Start and student on the benchmark, in the first process; the others are done.
@@ -188,64 +191,64 @@ class OAL(nn.Module):
             elif self.teacher:
                 teacher_logits, teacher_features, teacher_maps = self.teacher(x)
         ce = F.cross_entropy(logits[:n], y)
-        kd = feature_kd = micl = torch.zeros_like(ce)
+        kd = maps_kd = micl = torch.zeros_like(ce)
         if self.teacher and self.w["kd"]:
             kd = losses.distill(logits[:n], teacher_logits)
         if self.projection:
-            feature_kd = losses.distill(features[:n], self.projection(teacher_features))
+            maps_kd = losses.distill(features[:n], self.projection(teacher_features))
         elif self.teacher and self.w["maps"]:
-            feature_kd = losses.distill_maps([stage[:n] for stage in (maps, *later)], teacher_maps)
+            maps_kd = losses.distill_maps([stage[:n] for stage in (maps, *later)], teacher_maps)
         if self.critic:
             is_id = torch.arange(len(logits), device=x.device) < n
             micl = self.critic(logits, features, is_id)
         elif self.w["micl"]:
             micl = losses.outlier_exposure(logits[n:])
-        loss = ce + self.w["kd"] * kd + self.w["maps"] * feature_kd + self.w["micl"] * micl
-        return loss, {"ce": ce, "kd": kd, "maps": feature_kd, "micl": micl}
+        loss = ce + self.w["kd"] * kd + self.w["maps"] * maps_kd + self.w["micl"] * micl
+        return loss, {"ce": ce, "kd": kd, "maps": maps_kd, "micl": micl}
 
 
 class Released(nn.Module):
     """The losses of the paper's code (HengGao12/OAL, openood/trainers/oal_trainer.py), in float32.
 
     Outliers are drawn without regard to the images, so that both CLUBs have expectation zero
-    (results/README.md, 'Audit'). One optimiser lowers them over q and the network together. The second
-    CLUB has a deeper mean net (openood/losses/deep_mi_loss.py).
+    (results/README.md, 'Audit'). One optimiser lowers them over q and the network together. The
+    second CLUB has a deeper mean net (openood/losses/deep_mi_loss.py).
     """
 
     def __init__(self, net, teacher, outliers, options):
         super().__init__()
         self.net, self.outliers = net, outliers
         self.w = {name: options[f"w_{name}"] for name in ("kd", "maps", "boundary", "micl")}
-        self.teacher = self.projection = self.boundary = self.latent = None
+        self.teacher = self.projection = self.boundary_club = self.latent_club = None
         dim = net.fc.in_features
         if teacher is not None:
             self.teacher = models.frozen(teacher)
         if teacher is not None and self.w["maps"]:
             self.projection = models.projection(teacher.fc.in_features, dim)
         if self.w["boundary"]:
-            self.boundary = losses.CLUB(outliers["boundary"].shape[1], dim, 512)
+            self.boundary_club = losses.CLUB(outliers["boundary"].shape[1], dim, 512)
         if self.w["micl"]:
             self.released = outliers.get("released", outliers["latent"])
-            self.latent = losses.CLUB(self.released.shape[1], dim, 512, deeper=(32, 16))
+            self.latent_club = losses.CLUB(self.released.shape[1], dim, 512, deeper=(32, 16))
 
     def forward(self, x, y, g):
         logits, features = self.net(self.net.prepare(x), return_feature=True)
         ce = F.cross_entropy(logits, y)
-        kd = feature_kd = boundary = latent = torch.zeros_like(ce)
+        kd = maps_kd = boundary = latent = torch.zeros_like(ce)
         if self.teacher:
             teacher_logits, teacher_features, _ = self.teacher(x)
         if self.teacher and self.w["kd"]:
             kd = losses.distill(logits, teacher_logits)
         if self.projection:
-            feature_kd = losses.distill(features, self.projection(teacher_features))
-        if self.boundary:
+            maps_kd = losses.distill(features, self.projection(teacher_features))
+        if self.boundary_club:
             drawn = random_rows(self.outliers["boundary"], len(y), g)  # [B, O]
-            boundary = self.boundary(drawn, features)
-        if self.latent:
-            latent = self.latent(random_rows(self.released, len(y), g), features)
-        loss = (ce + self.w["kd"] * kd + self.w["maps"] * feature_kd
+            boundary = self.boundary_club(drawn, features)
+        if self.latent_club:
+            latent = self.latent_club(random_rows(self.released, len(y), g), features)
+        loss = (ce + self.w["kd"] * kd + self.w["maps"] * maps_kd
                 + self.w["boundary"] * boundary + self.w["micl"] * latent)
-        return loss, {"ce": ce, "kd": kd, "maps": feature_kd, "boundary": boundary, "micl": latent}
+        return loss, {"ce": ce, "kd": kd, "maps": maps_kd, "boundary": boundary, "micl": latent}
 
 
 class VOS(nn.Module):
@@ -374,10 +377,10 @@ def train(stage, objective, data, run):
     # pending: losses not read yet. To read one is to wait for the device.
     begun, pending = time.perf_counter(), []
     while step < steps:
-        place = step % per_epoch
-        if place == 0:
+        number = step % per_epoch  # of the batch in its epoch
+        if number == 0:
             order = torch.randperm(len(images), generator=g, device=images.device)
-        index = order[place * batch:(place + 1) * batch]
+        index = order[number * batch:(number + 1) * batch]
         x = images[index]
         x = resized_crop(x, g) if options["pretrained"] else augment(x, options["crop"], g)
         x, y = own_rows(x), own_rows(labels[index])
@@ -408,15 +411,16 @@ def train(stage, objective, data, run):
         if run.out and is_first():
             epoch, per_step = (step - 1) // per_epoch + 1, elapsed / len(pending)
             shown = "  ".join(f"{name} {mean:.3f}" for name, mean in zip(names, values.mean(0)))
-            print(f"{stage}: epoch {epoch}/{epochs}, step {place + 1}/{per_epoch}, {shown}, "
+            print(f"{stage}: epoch {epoch}/{epochs}, step {number + 1}/{per_epoch}, {shown}, "
                   f"{batch / per_step:.0f} images/s, {(steps - step) * per_step:.0f} s left",
                   flush=True)
         if period_ends and run.out:
             if options["recipe"] == "released" or fine_tuned:
                 best = better(best, net, data)
             parts = {name: part.state_dict() for name, part in state.items()}
-            save_checkpoint(run, {"stage": stage, "step": step, "best": best,
-                                  "generator": g.get_state(), **parts})
+            if is_first():
+                save_checkpoint(run, {"stage": stage, "step": step, "best": best,
+                                      "generator": g.get_state(), **parts})
         begun, pending = time.perf_counter(), []
     if "net" in best:
         net.load_state_dict(best["net"])
@@ -639,19 +643,24 @@ def begin_run(options, out, resume, data):
     if held:
         fail(f"{out} holds another run's {', '.join(held)}: name another --out, or go on from a "
              "checkpoint.pt with --resume")
-    barrier()  # until every process has looked
-    save_checkpoint(run, {"stage": "begun"})
-    barrier()  # before another reads it
+    once(save_checkpoint, run, {"stage": "begun"})
     if not (out / "checkpoint.pt").exists():
         fail(f"{out} is not the folder of the first process: --out must lie on a disk that all "
              "nodes share")
     return run
 
 
-def save_checkpoint(run, state):
+def once(save, *given, **named):
+    """Saves what all processes read next: the first one does it, the others wait."""
+    barrier()  # until every process has looked for the file
     if is_first():
-        evaluate.write(run.out / "checkpoint.pt", {"options": run.options, "digest": run.digest,
-                                                   "seconds": run.seconds, **state})
+        save(*given, **named)
+    barrier()
+
+
+def save_checkpoint(run, state):
+    evaluate.write(run.out / "checkpoint.pt", {"options": run.options, "digest": run.digest,
+                                               "seconds": run.seconds, **state})
 
 
 def load_checkpoint(out):
@@ -668,21 +677,18 @@ def load_checkpoint(out):
 
 
 def save_network(name, net, data, run, outliers=None, **texts):
-    """Writes NAME.detector.pt and NAME.pt, in the first process; the others wait.
+    """Writes NAME.detector.pt and NAME.pt of a trained network; texts: how it was made.
 
     The detector of a teacher with a size of its own is made from this run's images, resized.
     """
-    barrier()  # until every process has looked for the file
-    if is_first():
-        print(f"{name}.pt and its detector", flush=True)
-        options, added = run.options, None
-        if name == "student" and options["recipe"] == "oal" and options["w_micl"]:
-            added = outlier_outputs(net, data, outliers, options)
-        score = "micl_knn" if options["pretrained"] and name != "teacher" else "micl"
-        detector = evaluate.describe_detector(net, data, score, added, **texts)
-        evaluate.write(run.out / f"{name}.detector.pt", detector)
-        evaluate.write(run.out / f"{name}.pt", on_cpu(net.state_dict()))
-    barrier()
+    print(f"{name}.pt and its detector", flush=True)
+    options, added = run.options, None
+    if name == "student" and options["recipe"] == "oal" and options["w_micl"]:
+        added = outlier_outputs(net, data, outliers, options)
+    score = "micl_knn" if options["pretrained"] and name != "teacher" else "micl"
+    detector = evaluate.describe_detector(net, data, score, added, **texts)
+    evaluate.write(run.out / f"{name}.detector.pt", detector)
+    evaluate.write(run.out / f"{name}.pt", on_cpu(net.state_dict()))
 
 
 def load_weights(net, path):
@@ -696,17 +702,14 @@ def load_weights(net, path):
 
 
 def save_outliers(start, searched, outliers, data, run):
-    """Writes outliers.pt, given or made here, in the first process; the others wait."""
-    barrier()
-    if is_first():
-        begun, options = time.perf_counter(), run.options
-        outliers = outliers or synthesize.synthesize(
-            start, data, options["per_class"], options["diffusion_steps"],
-            models.generator(options["seed"], "synthesize", start.fc.weight.device), searched)
-        run.seconds["synthesize"] = time.perf_counter() - begun
-        save_checkpoint(run, {"stage": "synthesize"})
-        evaluate.write(run.out / "outliers.pt", on_cpu(outliers))
-    barrier()
+    """Writes outliers.pt: those that were given, or others, made here."""
+    begun, options = time.perf_counter(), run.options
+    outliers = outliers or synthesize.synthesize(
+        start, data, options["per_class"], options["diffusion_steps"],
+        models.generator(options["seed"], "synthesize", start.fc.weight.device), searched)
+    run.seconds["synthesize"] = time.perf_counter() - begun
+    save_checkpoint(run, {"stage": "synthesize"})
+    evaluate.write(run.out / "outliers.pt", on_cpu(outliers))
 
 
 def on_cpu(tensors):
@@ -860,8 +863,8 @@ def parse_args():
     given = {name: getattr(args, name) for name in "dataset size seed arch pretrained epochs ce "
              "teacher recipe peer contrast outliers".split()}
     # A checkpoint holds the state of one kind of device and of one number of processes.
-    place = {"device": args.device.split(":")[0], "processes": os.environ.get("WORLD_SIZE", "1")}
-    args.options = {**given, **own, **weights, **place}
+    machine = {"device": args.device.split(":")[0], "processes": os.environ.get("WORLD_SIZE", "1")}
+    args.options = {**given, **own, **weights, **machine}
     named = {"recipe": args.recipe != "oal", "peer": args.peer, "contrast": args.contrast != "micl",
              "epochs": args.epochs, "pretrained": args.pretrained in models.ARCHS,
              "teacher": is_name(args.teacher), "outliers": args.outliers == "noise"}
