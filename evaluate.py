@@ -8,6 +8,7 @@ Lists, transform and metrics are those of OpenOOD v1.5 (arXiv 2306.09301). A sco
 higher = more in-distribution.
 """
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
@@ -20,12 +21,12 @@ import signal
 import sys
 import threading
 import time
-import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -194,10 +195,8 @@ def decode(paths, size=32, turned=True):
 
 
 def decode_once(paths, size, turned, cache, stamp):
-    """As decode, kept in the file `cache` while the stamp, a text, is the same.
-
-    None if none of the paths is a file.
-    Under torchrun the images are a map of the file, so that all processes share one copy.
+    """As decode, kept in the file `cache` while the stamp, a text, is the same. None: no path is a
+    file. Under torchrun the images are a map of the cache: all processes share one copy.
     """
     how = f"RGB, Resize({size}), CenterCrop({size}), turned: {turned}\n{stamp}"
     key = hashlib.sha256(how.encode(errors="surrogateescape")).hexdigest()
@@ -255,6 +254,7 @@ def from_torchvision(dataset, split, root, size):
     'val' is the first 1,000 test images and 'test' the others, unlike OpenOOD's lists.
     """
     name, cifar = dataset if split in ID_SPLITS else split, [split == "train"]
+    rows = {"val": slice(1000), "test": slice(1000, None)}.get(split, slice(None))
     try:
         kind, parts = {"cifar10": ("CIFAR10", cifar), "cifar100": ("CIFAR100", cifar),
                        "svhn": ("SVHN", ["test"]), "mnist": ("MNIST", [False]),
@@ -265,8 +265,7 @@ def from_torchvision(dataset, split, root, size):
         note(f"torchvision did not bring {name}: {problem}".splitlines()[0])
         return None
     images, labels = torch.stack([image for image, _ in pairs]), [label for _, label in pairs]
-    part = {"val": slice(1000), "test": slice(1000, None)}.get(split, slice(None))
-    return images[part], torch.tensor(labels)[part]
+    return images[rows], torch.tensor(labels)[rows]
 
 
 def load_set(dataset, data_root="data", size=32, wanted=None, ood=()):
@@ -312,13 +311,9 @@ def read_folder(folder, size=32, cache=None):
 
     Links are followed. Folders that begin with '.' or '@' (copies, thumbnails) are left out.
     """
-    files, locked, left_out, visited, roots = [], {}, [], set(), [folder]
-
-    def lock(problem):
-        locked[problem.filename] = "a folder that cannot be listed"
-
+    files, locked, left_out, visited, roots = [], [], [], set(), [folder]
     for root in roots:  # links come last: a link from class to class brings no images
-        for here, folders, names in os.walk(root, onerror=lock):
+        for here, folders, names in os.walk(root, onerror=locked.append):
             if os.path.realpath(here) in visited:  # read already, by its own name or another link
                 folders.clear()
                 continue
@@ -337,27 +332,23 @@ def read_folder(folder, size=32, cache=None):
         images, digests, unreadable = found or decode(paths, size)
     else:
         images, digests, unreadable = decode(paths, size)
-    bad = {**locked, **unreadable}
+    bad = {problem.filename: "a folder that cannot be listed" for problem in locked} | unreadable
     for path, reason in bad.items():
         note(f"unreadable: {path} ({reason})")
-    names = f": {', '.join(sorted(left_out))}" if left_out else ""
+    which = f": {', '.join(sorted(left_out))}" if left_out else ""
     note(f"{folder}: {len(images)} images, {len(bad)} unreadable, {len(files) - len(paths)} other "
-         f"files, {len(left_out)} folders left out{names}")
+         f"files, {len(left_out)} folders left out{which}")
     if not len(images):
         fail(f"{folder} holds no image that can be read: a name must end in {' '.join(endings)}")
     return images, [path for path in paths if path not in bad], digests, bad
-
-
-def composed(name):
-    """A name as Linux writes it; macOS writes an accent apart."""
-    return unicodedata.normalize("NFC", name)
 
 
 def class_names(train):
     """The folder train/ -> the names of its classes, sorted."""
     if not train.is_dir():
         fail(f"no folder {train}: put the images of each class into {train / 'CLASS'}")
-    names = {path: composed(path.name) for path in train.iterdir() if path.is_dir()}
+    names = {path: normalize("NFC", path.name)  # macOS writes an accent apart
+             for path in train.iterdir() if path.is_dir()}
     left_out = sorted(name for name in names.values() if name[0] in ".@")
     classes = sorted(set(names.values()) - set(left_out))
     for path, name in names.items():
@@ -389,42 +380,39 @@ def read_classes(folder, size=32, data_root="data"):
             fail(f"{root} has two of val/, valid/ and validation/: keep one")
         cache = Path(data_root, "oal_cache", "folders", f"{key}_{split}_{size}.pt")
         images, paths, digests[split], _ = read_folder(root / name, size, cache)
-        labels = [composed(Path(os.path.relpath(path, root)).parts[1]) for path in paths]
-        for label in set(labels) - set(classes):
-            fail(f"{root / name / label} is no class of {root / 'train'}: move it away, or add "
+        own = [normalize("NFC", Path(os.path.relpath(path, root)).parts[1]) for path in paths]
+        for other in set(own) - set(classes):
+            fail(f"{root / name / other} is no class of {root / 'train'}: move it away, or add "
                  "the class")
-        splits[split] = images, torch.tensor([classes.index(label) for label in labels])
+        splits[split] = images, torch.tensor([classes.index(one) for one in own])
 
     # An absent split takes its share of train/.
     absent = [split for split in ("val", "test") if split not in splits]
     (images, labels), own = splits["train"], np.array(digests["train"])
-    chosen = {split: [] for split in ("train", *absent)}
+    home = np.full(len(own), "train")  # the split of each image
     for label, name in enumerate(classes):
-        members = (labels == label).nonzero().flatten().numpy()
+        members = labels.numpy() == label
         pictures = sorted(set(own[members]))
         tenth = max(len(pictures) // 10, 1) if len(pictures) >= 4 else 0
-        ends = [i * tenth for i in range(len(absent) + 1)]
-        parts = [pictures[low:high] for low, high in zip(ends, ends[1:])]
-        parts = [members[np.isin(own[members], part)] for part in (pictures[ends[-1]:], *parts)]
-        if len(parts[0]) < 2:
-            fail(f"the class {name} has {len(parts[0])} images to train on in {root / 'train'}: "
-                 "it needs 2, or remove the folder")
-        for split, part in zip(("train", *absent), parts):
-            chosen[split] += part.tolist()
-    for split, indices in chosen.items():
-        if not indices:
+        for i, split in enumerate(absent):
+            home[members & np.isin(own, pictures[i * tenth:(i + 1) * tenth])] = split
+        left = (members & (home == "train")).sum()
+        if left < 2:
+            fail(f"the class {name} has {left} images to train on in {root / 'train'}: it needs 2, "
+                 "or remove the folder")
+    for split in ("train", *absent) if absent else ():
+        index = np.flatnonzero(home == split)
+        if not len(index):
             fail(f"{root} has no {split}/, and no class has 4 images: add images")
-        if absent:
-            splits[split] = images[sorted(indices)], labels[sorted(indices)]
-            digests[split] = own[sorted(indices)].tolist()
+        splits[split], digests[split] = (images[index], labels[index]), own[index].tolist()
 
     count = {split: len(labels) for split, (_, labels) in splits.items()}
     note(f"{root}: {len(classes)} classes, {', '.join(classes)}; {count['train']} images to train "
          f"on, {count['val']} for thresholds, {count['test']} to test")
-    pictures = {split: set(some) for split, some in digests.items()}
-    copies = sum(count.values()) - len(set.union(*pictures.values()))
+    different = {split: set(some) for split, some in digests.items()}
+    copies = sum(count.values()) - len(set.union(*different.values()))
     if copies:
-        shared = sum(map(len, pictures.values())) - len(set.union(*pictures.values()))
+        shared = sum(map(len, different.values())) - len(set.union(*different.values()))
         note(f"note: {copies} of these images are copies of others"
              + f"; {shared} stand in two of train/, val/ and test/" * bool(shared))
     images, _ = splits["train"]
@@ -519,11 +507,6 @@ def nearness(features, bank, k):
     return -torch.cat(kth)
 
 
-def knn(logits, features, ref):
-    """Minus the distance to the 50th nearest training feature (arXiv 2204.06507)."""
-    return nearness(features, ref["features"], 50)
-
-
 def fdbd(logits, features, ref):
     """Mean distance to the class boundaries over that to the training mean (arXiv 2312.11536)."""
     top, predicted = logits.max(1)
@@ -553,7 +536,9 @@ SCORES = {
     "mls": lambda logits, features, ref: logits.amax(1),
     # Negative free energy (arXiv 2010.03759, equation 4, T = 1; the score of OAL's paper).
     "ebo": lambda logits, features, ref: logits.logsumexp(1),
-    "knn": knn, "fdbd": fdbd, "micl": micl, "micl_knn": micl_knn}
+    # Minus the distance to the 50th nearest training feature (arXiv 2204.06507).
+    "knn": lambda logits, features, ref: nearness(features, ref["features"], 50),
+    "fdbd": fdbd, "micl": micl, "micl_knn": micl_knn}
 
 
 # --- Metrics.
@@ -579,8 +564,8 @@ def detection_metrics(conf_id, conf_ood):
     return {"auroc": 100 * area(caught, flagged) / caught[-1] / flagged[-1],
             "aupr_in": 100 * area(kept / (kept + let_in), kept / kept[-1], start=1),
             "aupr_out": 100 * area(caught / (caught + flagged), caught / caught[-1], start=1),
-            "fpr95": 100 * fpr_at_recall(caught, flagged, 0.95),
-            "fpr95_id": 100 * fpr_at_recall(kept, let_in, 0.95)}
+            "fpr95": 100 * fpr_at_95(caught, flagged),
+            "fpr95_id": 100 * fpr_at_95(kept, let_in)}
 
 
 def roc(score, positive):
@@ -599,25 +584,30 @@ def area(y, x, start=0):
     return np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2
 
 
-def fpr_at_recall(true, false, recall):
-    """Counts [K] of roc -> false-positive rate, 0 to 1, at the first corner that has the recall.
+def fpr_at_95(true, false):
+    """Counts [K] of roc -> false-positive rate, 0 to 1, at the first corner of 95 % recall.
 
     Corners alone, as in OpenOOD: scikit-learn drops points on a straight line between two others.
     """
-    i = np.argmax(true / true[-1] >= recall)
+    i = np.argmax(true / true[-1] >= 0.95)
     if 0 < i < len(true) - 1:  # the two ends are always kept
         bends = (np.diff(true[i - 1:], 2) != 0) | (np.diff(false[i - 1:], 2) != 0)
         i += np.argmax(np.r_[bends, True])
     return false[i] / false[-1]
 
 
-def threshold_at(conf_id):
-    """Confidences of ID images [N] -> the threshold that a new one misses one time in twenty.
+FEW = 19  # ID images: of fewer, even the smallest confidence flags more than one in twenty
 
-    The r-th smallest, r = floor((N + 1) / 20): a new image falls below it with probability
-    r / (N + 1). Of fewer than 19 images it is the smallest, and flags more.
+
+def rank(n):
+    """The threshold is the r-th smallest of n confidences; a new one is below it r / (n + 1) times.
     """
-    return float(np.sort(np.asarray(conf_id, np.float64))[max(1, (len(conf_id) + 1) // 20) - 1])
+    return max(1, (n + 1) // 20)
+
+
+def threshold_at(conf_id):
+    """Confidences of ID images [N] -> the threshold that a new one misses one time in twenty."""
+    return float(np.sort(np.asarray(conf_id, np.float64))[rank(len(conf_id)) - 1])
 
 
 def flagged_at_worst(n):
@@ -625,7 +615,7 @@ def flagged_at_worst(n):
 
     That share is Beta(r, n + 1 - r): the p at which a binomial count of n reaches r with 95 %.
     """
-    r, (low, high) = max(1, (n + 1) // 20), (0.0, 1.0)
+    r, (low, high) = rank(n), (0.0, 1.0)
     while high - low > 1e-6:
         p = (low + high) / 2
         below = sum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
@@ -635,9 +625,6 @@ def flagged_at_worst(n):
 
 
 # --- Benchmark.
-
-FEW = 19  # validation images, of which a twentieth is one
-
 
 def reference(net, data):
     """A network, its training and validation images -> what scores know of them, on the CPU.
@@ -749,8 +736,8 @@ def tables(runs):
     """results.json dicts -> the lines of their Markdown tables, mean±standard deviation (n - 1).
 
     A row is a label over its seeds. Scores: ebo, fdbd and micl, or ebo, micl and micl_knn of a
-    pretrained network, else those that there are. Of several runs the last table is paired: each
-    row less the first run's, seed by seed.
+    pretrained network, else those that there are. Of several runs a last table has each row minus
+    the first run's row, seed by seed.
     """
     kinds = [[run["dataset"], run.get("arch"), run["size"],
               {name: row["n"] for name, row in score["sets"].items()}, run.get("id")]
@@ -847,8 +834,8 @@ class Detector:
     """detector(images) -> (class indices int64 [N], scores [N], P(ID) [N]); OOD below .threshold.
 
     images: uint8 [N, 3, S, S], RGB, a tensor or an array, S = .size; `judge` prepares files. The
-    score is .score; P(ID) is against this run's outliers, as likely as ID images, or NaN without.
-    Attributes: net, and the entries of NAME.detector.pt, such as .classes.
+    score is .score. P(ID): an ID image against an outlier of this run, equally likely beforehand;
+    NaN where there were none. Attributes: net, and the entries of NAME.detector.pt, as .classes.
     """
     a = tau = math.nan
     made = start = digest = ""  # how it was made, from which network, and its own digest
@@ -859,8 +846,8 @@ class Detector:
     def __call__(self, images):
         """ValueError: images of another type or size."""
         if not torch.is_tensor(images):
-            images = np.ascontiguousarray(images)
-            images = torch.from_numpy(images) if images.dtype == np.uint8 else torch.zeros(0)
+            images = np.array(images, order="C")
+            images = torch.from_numpy(images) if images.dtype == np.uint8 else images
         if images.dtype != torch.uint8 or images.shape[1:] != (3, self.size, self.size):
             raise ValueError(f"images must be uint8 [N, 3, {self.size}, {self.size}], RGB, not "
                              f"{images.dtype} {list(images.shape)}: .judge takes files")
@@ -874,17 +861,16 @@ class Detector:
 
         OSError: a file that cannot be read. ValueError: neither a path nor a PIL image.
         """
-        one = isinstance(images, (str, os.PathLike, Image.Image))
-        ready = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        for image in [images] if one else images:
-            if not isinstance(image, (str, os.PathLike, Image.Image)):
+        kinds = (str, os.PathLike, Image.Image)
+        ready = [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)]
+        for image in [images] if isinstance(images, kinds) else images:
+            if not isinstance(image, kinds):
                 raise ValueError(f"judge takes paths and PIL images, not {type(image).__name__}")
-            opened = image if isinstance(image, Image.Image) else Image.open(image)
-            tensor = to_tensor(ImageOps.exif_transpose(opened), self.size)
-            if opened is not image:
-                opened.close()
-            ready = torch.cat([ready, tensor[None]])
-        return self(ready)
+            with contextlib.ExitStack() as files:
+                if not isinstance(image, Image.Image):
+                    image = files.enter_context(Image.open(image))
+                ready.append(to_tensor(ImageOps.exif_transpose(image), self.size)[None])
+        return self(torch.cat(ready))
 
     def known(self):
         """What its file says of the training features, as scores take it."""
@@ -928,14 +914,15 @@ def read_detector(path):
     """NAME.pt -> the dict of the NAME.detector.pt beside it, None if there is none."""
     if not os.path.exists(beside(path)):
         return None
-    try:
+    with models.refusal(f"{beside(path)} is not a detector: remove it, and name the ID set by "
+                        "--dataset"):
         content = torch.load(beside(path), map_location="cpu", weights_only=True)
         mean, std = content["image_mean"], content["image_std"]
-        keys = [key for key in ("threshold", "a", "tau") if key in content or key == "threshold"]
+        scalars = [content["threshold"], *(content[key] for key in ("a", "tau") if key in content)]
         texts = [content["digest"], content["arch"], *content["classes"]]
-        tensors = [mean, std, content["mean"], *(content[key] for key in keys)]
+        tensors = [mean, std, content["mean"], *scalars]
         fits = (mean.shape == std.shape == (3,) and std.min() > 0 and content.get("a", 1) > 0
-                and not any(content[key].dim() for key in keys) and content["mean"].dim() == 1
+                and not any(scalar.dim() for scalar in scalars) and content["mean"].dim() == 1
                 and content["size"] in SIZES and content["n_val"] > 0
                 and all(type(text) is str for text in texts))
         if content["score"] == "micl_knn":
@@ -944,37 +931,33 @@ def read_detector(path):
             fits = (fits and bank.dim() == 2 and bank.shape[1:] == content["mean"].shape
                     and len(bank) and standard.shape == (2, 2) and standard[:, 1].min() > 0
                     and 0 < content["k"] <= len(bank))
-        if (fits and content["score"] in ("micl", "micl_knn")
+        if not (fits and content["score"] in ("micl", "micl_knn")
                 and all(value.isfinite().all() for value in tensors)):
-            return content
-    except Exception as problem:  # cut short, text, or without an entry
-        if models.out_of_memory(problem):
-            raise
-    fail(f"{beside(path)} is not a detector: remove it, and name the ID set by --dataset")
+            raise ValueError("an entry does not fit")
+    return content
 
 
 def size_of(path, given):
-    """The side of the images of a network's file: by its detector file, else --size, else None."""
+    """The side of the images of a network's file: of its detector file, else --size, else its own.
+    """
     content = read_detector(path)
     if content and given not in (None, content["size"]):
         fail(f"{path} is for images {content['size']} wide, not {given}: leave out --size")
-    return content["size"] if content else given
+    return content["size"] if content else given or models.size_of_stem(path)
 
 
-def open_detector(path, data=None, called=None, device="cpu"):
-    """A file of weights NAME.pt -> its Detector, by NAME.detector.pt.
+def load_detector(path, device="cpu", data=None):
+    """A file of weights NAME.pt -> its Detector, by NAME.detector.pt alone.
 
     Without that file the classes, mean, std and size are those of data, an ImageSet, and the
-    Detector has no threshold yet. called: a name of data for messages. Mistake: a file that is
-    missing, damaged or another run's, or whose classes are not those of data.
+    Detector has no threshold yet. ValueError or OSError: a file is missing, damaged or another
+    run's, or its classes are not those of data.
     """
-    content = read_detector(path)
-    if not data and not os.path.exists(path):
+    content = facts = read_detector(path)
+    if not content and not os.path.exists(path):
         fail(f"no checkpoint {path}: name a file of weights")
     if not content and not data:
         fail(f"no {beside(path)}: name the ID set of {path} by --dataset")
-    called = called or data and data.name
-    facts = content
     if not content:
         size, stem = data.splits["train"][0].shape[-1], models.size_of_stem(path)
         size = stem if stem > 96 > size else size  # a network for large images enlarges small ones
@@ -983,23 +966,16 @@ def open_detector(path, data=None, called=None, device="cpu"):
     if data and facts["classes"] != data.classes:
         lists = [f"{len(names)} classes, {', '.join(names)[:300]}"
                  for names in (facts["classes"], data.classes)]
-        fail(f"{path} was trained for {lists[0]}: {called} has {lists[1]}; name its own --dataset")
-    net = models.load_network(path, len(facts["classes"]), facts["arch"], facts["size"], called)
+        fail(f"{path} was trained for {lists[0]}: {data.name} has {lists[1]}; name its own "
+             "--dataset")
+    net = models.load_network(path, len(facts["classes"]), facts["arch"], facts["size"])
     if not content and net.arch not in models.ARCHS:
         facts["image_mean"], facts["image_std"], _ = models.PRETRAINED[net.arch]
     models.set_scale(net, facts["image_mean"], facts["image_std"])
     if content and (content["digest"] != digest(net)
                     or content["mean"].shape != (net.fc.in_features,)):
         fail(f"{beside(path)} belongs to other weights than {path}: put back the files of one run")
-    return Detector(models.to_device(net, device), facts)
-
-
-def load_detector(path, device="cpu"):
-    """A file of weights NAME.pt with NAME.detector.pt beside it -> a Detector; no images needed.
-
-    ValueError or OSError where a file is missing, damaged or another run's.
-    """
-    return open_detector(path, device=device)
+    return Detector(models.to_device(net, device), {**facts, "arch": net.arch})
 
 
 # --- Command line.
@@ -1052,9 +1028,8 @@ def common_parser(doc):
 def check_common(args, alone=True):
     """Ends the program where a shared option is of no use; fills in the dataset.
 
-    alone: the program does not know how to run as several processes.
+    alone: torchrun is refused.
     """
-    args.called = args.dataset or "shapes, the default,"
     args.dataset = args.dataset or "shapes"
     if alone and os.environ.get("WORLD_SIZE", "1") != "1":
         fail("this program is one process: start it without torchrun")
@@ -1094,18 +1069,17 @@ def main():
     if not args.checkpoints:
         fail("no checkpoints: name files of weights")
     if args.flag and (args.checkpoints[1:] or args.plot or args.ood or args.score != "all"):
-        fail("--flag judges by one network's own score: leave out --score, --plot and --ood")
+        fail("--flag judges by one network's own score: name one file of weights, and leave out "
+             "--score, --plot and --ood")
     own_set = args.dataset
     check_common(args)
-    if args.flag and not own_set and not read_detector(args.checkpoints[0]):
-        fail(f"no {beside(args.checkpoints[0])}: name the ID set of the network by --dataset")
-    sizes = [size_of(path, args.size) or models.size_of_stem(path) for path in args.checkpoints]
+    sizes = [size_of(path, args.size) for path in args.checkpoints]
     if len(set(sizes)) > 1:
         fail(f"these networks are for images {', '.join(map(str, sizes))} wide: measure them one "
              "by one")
     args.size = sizes[0]
     if args.flag:
-        flag(args)
+        flag(args, own_set)
     else:
         measure(args)
 
@@ -1125,8 +1099,7 @@ def measure(args):
     results = {**describe("evaluate.py", data, args.size, args.device), "models": {}}
     for file in args.checkpoints:
         name = Path(file).stem if Path(file).stem not in results["models"] else file
-        results["models"][name], confidences[name] = measure_file(file, data, scores, args.device,
-                                                                  args.called)
+        results["models"][name], confidences[name] = measure_file(file, data, scores, args.device)
     results["seconds"] = {"total": time.perf_counter() - start}
     print("\n".join(tables([results])))
     write(path, json.dumps(results, indent=1))
@@ -1141,21 +1114,24 @@ def measure(args):
     print(f"written: {path}{f', {args.plot}' if args.plot else ''}")
 
 
-def measure_file(path, data, scores, device, called=None):
+def measure_file(path, data, scores, device):
     """A file of weights on the sets of data -> as evaluate(), by what its detector file knows."""
-    detector = open_detector(path, data, called, device)
+    detector = load_detector(path, device, data)
     return evaluate(detector.net, data, scores, reference(detector.net, data) | detector.known())
 
 
-def flag(args):
-    """Prints a CSV: path, predicted class, score, verdict and P(ID) of each image of a folder."""
+def flag(args, own_set):
+    """Prints a CSV: path, predicted class, score, verdict and P(ID) of each image of a folder.
+
+    own_set: a given --dataset, whose images make the detector of a file that has none.
+    """
     path, = args.checkpoints
-    if read_detector(path):
-        detector = load_detector(path, args.device)
+    if own_set and not read_detector(path):
+        data = load_set(own_set, args.data_root, args.size, ["train", "val"])
+        net = load_detector(path, args.device, data).net
+        detector = Detector(net, describe_detector(net, data))
     else:
-        data = load_set(args.dataset, args.data_root, args.size, ["train", "val"])
-        detector = open_detector(path, data, args.called, args.device)
-        detector = Detector(detector.net, describe_detector(detector.net, data))
+        detector = load_detector(path, args.device)
     images, paths, _, bad = read_folder(args.flag, detector.size)
     labels, score, p_id = (values.tolist() for values in detector(images))
     threshold, n = detector.threshold.item(), detector.n_val
@@ -1170,7 +1146,7 @@ def flag(args):
 
 def worth(n):
     """What a threshold of n validation images promises, in words."""
-    mean, worst = max(1, (n + 1) // 20) / (n + 1), flagged_at_worst(n)
+    mean, worst = rank(n) / (n + 1), flagged_at_worst(n)
     few = f"; {FEW} images make it 5 %" * (n < FEW)
     return f"it flags {mean:.0%} of new ID images on average, {worst:.0%} at worst{few}"
 

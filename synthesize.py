@@ -6,8 +6,8 @@
    around them the Gaussian draws farther still: boundary outliers (the paper's section 3.2).
 2. A latent is the code of a feature map, between `lower` and `upper`. A diffusion model, trained
    here in a minute, learns the latents of ID images given their unit features.
-3. For each boundary outlier it draws two latents from the same noise: one for the outlier, and its
-   inlier, for the nearest feature of an ID image. Their difference, the step, added to the map of
+3. For each boundary outlier it draws two from the same noise: the latent, given the outlier, and
+   the inlier, given the nearest training feature. Their difference, the step, added to the map of
    an ID image, is an outlier map. What the model adds to both draws cancels in the step.
 """
 import copy
@@ -57,8 +57,8 @@ def boundary_outliers(features, labels, per_class=100, generator=None, k_fractio
     farthest k-th neighbour (k = k_fraction of the class) are its boundary. Around each in turn
     the `keep` farthest of `draws` samples of N(0, s^2 I), renormalised, are kept. NPOS: 2303.02966.
 
-    s = sigma sqrt(768 / D): at every D, the cosine of a sample to its boundary point, about
-    1 / sqrt(1 + s^2 D), is what sigma makes it at the width of the released teacher, 768.
+    s = sigma sqrt(768 / D), so that the cosine of a sample to its boundary point, about
+    1 / sqrt(1 + s^2 D), is at every D what it is at D = 768, the width of the released teacher.
     ValueError if a class has one image, which has no neighbour, or a feature is not finite.
     """
     if not features.isfinite().all():
@@ -249,16 +249,16 @@ def train_diffusion(latents, conds, steps, generator, width=512):
 
     Few latents, under SMALL, say little: there the mean is linear in the condition, a tenth is held
     out, and the Denoiser is that of the step with the lowest loss on it, which may be step 0.
-    Training ends 100 steps later: it would learn the others by heart.
+    Training stops 100 steps after that: more would memorise the other images.
     """
     random, small = {"generator": generator, "device": latents.device}, len(latents) < SMALL
-    pool, mean, linear, variance = latents, latents.mean(0), None, latents.var(0)
+    own = torch.arange(len(latents), device=latents.device)  # the rows to train on
+    mean, linear, variance = latents.mean(0), None, latents.var(0)
     if small:
         order, n = torch.randperm(len(latents), **random), math.ceil(len(latents) / 10)
         held, own = order.split([n, len(order) - n])
         held = held.repeat(math.ceil(1000 / len(held)))  # each under many times and noises
-        pool = latents[own]
-        mean, linear, variance = linear_part(pool, conds[own])
+        mean, linear, variance = linear_part(latents[own], conds[own])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
         net = Denoiser(mean, variance.clamp_min(1e-6), conds.shape[1], width, linear)
@@ -277,24 +277,23 @@ def train_diffusion(latents, conds, steps, generator, width=512):
             velocity = net(alpha * z + sigma * noise, time, conds[index])
         return F.mse_loss(velocity, alpha * noise - sigma * z)
 
-    def held_out():  # -> (loss on the held-out tenth, always under the same noise, step, weights)
+    def held_out(step):  # -> (loss on the held-out tenth, under one noise, step, weights)
         with torch.no_grad():
             value = velocity_loss(held, *drawn).item()
         return value, step, copy.deepcopy(net.state_dict())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    step = 0
     if small:
         drawn = draw(len(held))
-        best = held_out()
+        best = held_out(0)
     for step in models.progress("steps of the diffusion model", range(1, steps + 1)):
-        index = torch.randint(len(pool), (BATCH,), **random)
-        loss = velocity_loss(own[index] if small else index, *draw(BATCH))
+        index = own[torch.randint(len(own), (BATCH,), **random)]
+        loss = velocity_loss(index, *draw(BATCH))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if small and (step % 20 == 0 or step == steps):
-            best = min(best, held_out(), key=lambda state: state[0])
+            best = min(best, held_out(step), key=lambda state: state[0])
             if step >= best[1] + 100:
                 break
     value, says = loss.item(), ""
@@ -475,9 +474,9 @@ def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
     """A trained network and its ImageSet -> the tensors of outliers.pt.
 
     latent[i] is drawn under boundary[i], inlier[i] from the same noise under the training feature
-    nearest to boundary[i]. The diffusion model takes diffusion_steps, or 20 passes over the images
-    if fewer: beyond, it learns them by heart; of a small set see train_diffusion. A teacher's
-    features take the place of the network's.
+    nearest to boundary[i]. The diffusion model takes diffusion_steps, at most 20 passes over the
+    images, since more memorise them; of a small set see train_diffusion. A teacher's features take
+    the place of the network's.
     """
     images, labels = data.splits["train"]
     print(f"synthesize: maps and features of {len(images)} images", flush=True)
@@ -488,7 +487,7 @@ def synthesize(net, data, per_class, diffusion_steps, generator, teacher=None):
     labels = labels.to(features.device)
     boundary, classes = boundary_outliers(features, labels, per_class, generator)
     passes = diffusion_steps if len(images) < SMALL else 20 * len(images) // BATCH
-    steps = max(1, min(diffusion_steps, passes))
+    steps = min(diffusion_steps, passes)
     denoiser = train_diffusion(latents, features, steps, generator)
     shape = len(boundary), latents.shape[1]
     noise = torch.randn(shape, generator=generator, device=generator.device)
@@ -507,35 +506,31 @@ def read_outliers(path, net):
     with torch.no_grad():
         image = torch.zeros(1, 3, net.size, net.size, dtype=torch.uint8, device=device)
         shape = net.eval().lower(net.prepare(image)).numel()
-    try:
+    with models.refusal(f"{path} does not hold outliers made from a network of this shape: name "
+                        "another file"):
         found = torch.load(path, map_location="cpu", weights_only=True)
         found = {name: value.float() if value.is_floating_point() else value
                  for name, value in found.items()}
         sets = [found["boundary"], found["latent"], found["inlier"],
                 found.get("released", found["latent"])]
-        fits = (all(one.dim() == 2 and one.numel() and one.is_floating_point() for one in sets)
+        if not (all(one.dim() == 2 and one.numel() and one.is_floating_point() for one in sets)
                 and found["latent"].shape == found["inlier"].shape
                 and found["basis"].shape == (found["latent"].shape[1], shape)
                 and found["mean"].shape == (shape,) and found["scale"].dim() == 0
                 and all(len(found[f"{name}_labels"]) == len(found[name])
                         for name in ("boundary", "latent") if f"{name}_labels" in found)
-                and all(value.isfinite().all() for value in found.values()))
-    except Exception as problem:  # no such file, another format, other keys
-        if models.out_of_memory(problem) or isinstance(problem, OSError):
-            raise
-        fits = False
-    if not fits:
-        fail(f"{path} does not hold outliers made from a network of this shape: name another file")
+                and all(value.isfinite().all() for value in found.values())):
+            raise ValueError("an entry does not fit")
     return {name: value.to(device) for name, value in found.items()}
 
 
 def main():
     parser = evaluate.common_parser(__doc__)
-    path = {"type": os.path.expanduser, "metavar": "FILE"}
-    parser.add_argument("checkpoint", **path, help="weights of the network whose feature space is "
+    file = {"type": os.path.expanduser, "metavar": "FILE"}
+    parser.add_argument("checkpoint", **file, help="weights of the network whose feature space is "
                         "searched")
-    parser.add_argument("--teacher", **path, help="another network for the features")
-    parser.add_argument("--out", **path, default="outliers.pt", help="file for the outliers")
+    parser.add_argument("--teacher", **file, help="another network for the features")
+    parser.add_argument("--out", **file, default="outliers.pt", help="file for the outliers")
     parser.add_argument("--generator", choices=("diffusion", "sd"), default="diffusion",
                         help="of the latents: trained here, or Stable Diffusion v1")
     parser.add_argument("--sd-model", metavar="FOLDER_OR_NAME", help="of the Hugging Face hub",
@@ -552,15 +547,13 @@ def main():
     evaluate.check_common(args)
     if Path(args.out).exists():
         fail(f"{args.out} is there already: remove it, or name another file with --out")
-    size = evaluate.size_of(args.checkpoint, args.size) or models.size_of_stem(args.checkpoint)
+    size = evaluate.size_of(args.checkpoint, args.size)
     pipe = load_sd(args.sd_model, args.device) if args.generator == "sd" else None
     data = evaluate.load_set(args.dataset, args.data_root, size, ["train"])
     if data.splits["train"][1].bincount().eq(1).any():
         fail(f"a class of {data.name} has a single image, which has no neighbour: add one")
-
-    def load(path):
-        return evaluate.open_detector(path, data, args.called, args.device).net
-    net, teacher = load(args.checkpoint), args.teacher and load(args.teacher)
+    net, teacher = (path and evaluate.load_detector(path, args.device, data).net
+                    for path in (args.checkpoint, args.teacher))
     if isinstance(net, models.Torchvision):
         fail(f"{args.checkpoint} has no maps: name it by --teacher, and a network of this project")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # where that fails, before the work

@@ -6,11 +6,9 @@
     python train.py --dataset FOLDER --ood FOLDER        # your photographs, FOLDER/train/CLASS/...
     torchrun --nproc_per_node=N train.py --dataset cifar100 --data-root DIR
 
-The order of the method is the order of `main`: a cross-entropy network, which is the baseline and
-the student's start; its teacher; outliers made from the network's features (synthesize.py); the
-student, trained on ID images and outliers (losses.py); start and student measured side by side
-(evaluate.py). The sum of the losses is in `OAL.forward`. A weight of 0 leaves its term out: `--w-kd
-0`. Of a pretrained network (photographs) the last layer alone is trained.
+The order of the method is the order of `main`; the sum of the losses is in `OAL.forward`. A weight
+of 0 leaves its term out: `--w-kd 0`. Of a pretrained network (photographs) the last layer alone is
+trained.
 """
 import copy
 import json
@@ -93,7 +91,7 @@ def main():
 
     # 2. The teacher: a second cycle of the same recipe, on from the start; or a network with
     # ImageNet weights, fine-tuned; or a file. A pretrained start is the teacher itself.
-    kin = has_grown_from(own, args.teacher, given["teacher"])
+    kin = not args.teacher or own in (given["teacher"].start, given["teacher"].digest)
     if args.pretrained and not args.teacher:
         teacher = copy.deepcopy(start)
     elif teacher is not None and (not args.teacher or is_name(args.teacher)):
@@ -105,8 +103,8 @@ def main():
                  start=own if kin else "")
         load_weights(teacher, run.out / "teacher.pt")
 
-    # 3. Outliers, from the start's maps and features; those of a teacher that has not grown from it
-    # take the place of its features.
+    # 3. Outliers, from the start's maps and features. A teacher that has not grown from the start
+    # gives the features in its place.
     searched = start if kin or teacher is None else teacher
     if needs_outliers(options):
         if not (run.out / "outliers.pt").exists():
@@ -153,7 +151,7 @@ class CrossEntropy(nn.Module):
 class OAL(nn.Module):
     """Cross-entropy + w_kd KD(logits) + w_maps KD(maps) + w_micl MICL(outlier maps).
 
-    A teacher that has not grown from the start (kin) has its features projected and distilled, as
+    kin: the teacher has grown from the start. If not, its features are projected and distilled, as
     released, in place of its maps. --contrast oe has Outlier Exposure's loss in MICL's place.
     """
 
@@ -334,13 +332,12 @@ def random_rows(outliers, n, g):
 
 # --- The loop.
 
-
 def train(stage, objective, data, run):
     """Trains the objective's submodules in place, for the stage of that name.
 
-    By SGD; the rate falls to 0 along a cosine, step by step. A teacher of ImageNet learns by Adam,
-    and it and the released recipe keep the best of their checkpoints on the validation images. A
-    resumed run goes on from checkpoint.pt.
+    By SGD; the rate falls to 0 along a cosine, step by step. A teacher of ImageNet learns by Adam.
+    It, and every stage of the released recipe, keeps the checkpoint with the best validation
+    accuracy. A resumed run goes on from checkpoint.pt.
     """
     options, net, (images, labels) = run.options, objective.net, data.splits["train"]
     fine_tuned = stage == "teacher" and is_name(options["teacher"])
@@ -397,7 +394,7 @@ def train(stage, objective, data, run):
         pending.append(torch.stack([term.detach() for term in (*terms.values(), loss)]))
         period_ends = step % period == 0 or step == steps
         slow = time.perf_counter() - begun > 8
-        if not period_ends and step % 100 and not slow:
+        if not period_ends and not slow:
             continue
         values, elapsed = torch.stack(pending).cpu(), time.perf_counter() - begun  # [steps, terms]
         finite, names = values.isfinite().all(1), [*terms, "sum"]
@@ -469,7 +466,6 @@ def better(best, net, data):
 
 # --- Processes: torchrun starts several, each for its share of every batch.
 
-
 def join_processes(device):
     """Joins the processes of torchrun, if it is at work -> the device of this one."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -521,7 +517,6 @@ def parallel(objective, device):
 
 # --- Inputs and files.
 
-
 def load_inputs(args, device):
     """What a run begins with -> (data, {"ce", "teacher"}, outliers), checked before any training.
 
@@ -543,20 +538,21 @@ def load_inputs(args, device):
     if processes() > most:
         fail(f"{processes()} processes are too many: --benchmark takes 1, this run {most} at most")
 
-    def opened(path):
-        return evaluate.open_detector(path, data, args.called, device)
-
     def fresh(name=None):  # ImageNet's weights of that name, or those of the seed
         if name:
             size = max(96, options["size"])  # smaller images are enlarged for a teacher
             net = models.build_pretrained(name, classes, size, args.data_root)
         else:
-            net = models.set_scale(build(options, classes), data.mean, data.std)
+            with torch.random.fork_rng(devices=[]):  # fresh weights depend on the seed alone
+                torch.manual_seed(models.generator(options["seed"], "weights").initial_seed())
+                net = models.build(options["arch"], classes, options["size"])
+            net = models.set_scale(net, data.mean, data.std)
         return evaluate.Detector(models.to_device(net, device), {})
     teacher = outliers = None
-    start = opened(args.ce) if args.ce else fresh(args.pretrained)
+    start = evaluate.load_detector(args.ce, device, data) if args.ce else fresh(args.pretrained)
     if args.teacher:
-        teacher = fresh(args.teacher) if is_name(args.teacher) else opened(args.teacher)
+        teacher = (fresh(args.teacher) if is_name(args.teacher) else
+                   evaluate.load_detector(args.teacher, device, data))
     elif distils(options) and not args.pretrained:
         teacher = fresh()
     if args.outliers not in ("diffusion", "noise"):
@@ -578,15 +574,10 @@ def is_name(teacher):
     return teacher in (*models.PRETRAINED, *models.torchvision_names())
 
 
-def has_grown_from(own, teacher, detector):
-    """Whether --teacher, opened as detector, has grown from the start with the digest own."""
-    return not teacher or not is_name(teacher) and own in (detector.start, detector.digest)
-
-
 def check_outliers(outliers, own, args):
     """Ends the program if outliers say that they are of another network than the start."""
-    own = synthesize.as_bytes(own)
-    if not outliers.get("network", own).cpu().equal(own):
+    digest = synthesize.as_bytes(own)
+    if not outliers.get("network", digest).cpu().equal(digest):
         path = args.out / "outliers.pt" if args.outliers == "diffusion" else args.outliers
         fail(f"{path} was not made from {args.ce or 'the start of this run'}: name the "
              "outliers.pt of its run")
@@ -607,13 +598,6 @@ def foreign_files(args, run, given, kin, outliers, searched):
         if not settings.equal(outliers.get("settings", 0 * settings).cpu()):
             found.append(f"--outliers {Path(args.outliers).name}")
     return found
-
-
-def build(options, classes):
-    """A network of the run's arch, whose fresh weights depend on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(models.generator(options["seed"], "weights").initial_seed())
-        return models.build(options["arch"], classes, options["size"])
 
 
 def made(stage, run):
@@ -666,14 +650,12 @@ def save_checkpoint(run, state):
 def load_checkpoint(out):
     """What save_checkpoint wrote; ends the program where checkpoint.pt is something else."""
     path = out / "checkpoint.pt"
-    try:
+    with models.refusal(f"{path} is not a checkpoint of this program: remove it, or name another "
+                        "--out"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if {"options", "digest", "seconds", "stage"} <= saved.keys():
-            return saved
-    except Exception as problem:  # cut short, or another program's
-        if models.out_of_memory(problem):
-            raise
-    fail(f"{path} is not a checkpoint of this program: remove it, or name another --out")
+        if not {"options", "digest", "seconds", "stage"} <= saved.keys():
+            raise ValueError("other keys")
+    return saved
 
 
 def save_network(name, net, data, run, outliers=None, **texts):
@@ -693,12 +675,8 @@ def save_network(name, net, data, run, outliers=None, **texts):
 
 def load_weights(net, path):
     """The same weights in every process, whether trained in this run or an earlier one."""
-    try:
+    with models.refusal(f"{path} is not a network of this run: name another --out"):
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as problem:  # cut short, or another network's
-        if models.out_of_memory(problem):
-            raise
-        fail(f"{path} is not a network of this run ({str(problem):.200}): name another --out")
 
 
 def save_outliers(start, searched, outliers, data, run):
@@ -716,7 +694,7 @@ def on_cpu(tensors):
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-def report(args, run, data, label):
+def report(args, run, data, row):
     """Measures start and student, writes results.json, prints the tables."""
     begun, measured = time.perf_counter(), {}
     for name, file in (("ce", "ce.pt"), ("oal", "student.pt")):
@@ -726,7 +704,7 @@ def report(args, run, data, label):
     seconds = {**run.seconds, "evaluate": time.perf_counter() - begun}
     seconds["total"] = sum(seconds.values())
     results = {**evaluate.describe("train.py", data, run.options["size"], args.device),
-               "arch": run.options["arch"], "seed": run.options["seed"], "label": label,
+               "arch": run.options["arch"], "seed": run.options["seed"], "label": row,
                "options": run.options, "seconds": seconds, "models": measured}
     evaluate.write(run.out / "results.json", json.dumps(results, indent=1))
     print("\n".join(evaluate.tables([results])))
@@ -734,7 +712,6 @@ def report(args, run, data, label):
 
 
 # --- Speed.
-
 
 def benchmark(out, options, data, net, teacher):
     """Images per second of each kind of step -> prints and writes benchmark.json.
@@ -797,7 +774,6 @@ def benchmark(out, options, data, net, teacher):
 
 
 # --- Command line.
-
 
 def parse_args():
     """-> the arguments, not changed any more; args.options hold what decides the weights."""
@@ -890,7 +866,7 @@ def choose_network(args):
         if args.arch not in (None, arch) or args.pretrained not in (None, pretrained):
             fail(f"{args.ce} is a checkpoint of {arch}: leave out --arch and --pretrained")
         args.arch, args.pretrained = arch, pretrained
-        args.size = evaluate.size_of(args.ce, args.size) or models.size_of_stem(args.ce)
+        args.size = evaluate.size_of(args.ce, args.size)
     elif not args.arch and not args.pretrained:
         if args.dataset in evaluate.NAMED:
             args.arch = "resnet_tiny" if args.dataset == "shapes" else "resnet18"
@@ -904,8 +880,8 @@ def choose_network(args):
 
 
 def label(args, foreign):
-    """A row's name in tables: what is not the default, but for seeds; and the files that were given
-    and that the row's own recipe would not have made.
+    """A row's name in tables: its options that are not defaults, without the seed, and given files
+    of another recipe.
     """
     words = [*args.words, *foreign]
     return f"`{' '.join(words)}`" if words else "OAL"
