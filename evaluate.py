@@ -859,17 +859,22 @@ class Detector:
     def judge(self, images):
         """Paths or PIL images, one or a list -> as a call, each turned, resized and cropped.
 
-        OSError: a file that cannot be read. ValueError: neither a path nor a PIL image.
+        OSError or ValueError: a file that cannot be read, or neither a path nor a PIL image.
         """
         kinds = (str, os.PathLike, Image.Image)
         ready = [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)]
         for image in [images] if isinstance(images, kinds) else images:
             if not isinstance(image, kinds):
                 raise ValueError(f"judge takes paths and PIL images, not {type(image).__name__}")
-            with contextlib.ExitStack() as files:
-                if not isinstance(image, Image.Image):
-                    image = files.enter_context(Image.open(image))
-                ready.append(to_tensor(ImageOps.exif_transpose(image), self.size)[None])
+            try:
+                with contextlib.ExitStack() as files:
+                    opened = image if isinstance(image, Image.Image) else files.enter_context(
+                        Image.open(image))
+                    ready.append(to_tensor(ImageOps.exif_transpose(opened), self.size)[None])
+            except Exception as problem:  # PIL raises a dozen types for damaged files
+                if isinstance(problem, OSError) or models.out_of_memory(problem):
+                    raise
+                raise ValueError(f"{image} cannot be read: {problem}")
         return self(torch.cat(ready))
 
     def known(self):

@@ -2953,7 +2953,9 @@ def test_a_detector_in_other_programs(photos):
         with pytest.raises(ValueError, match=r"uint8 \[N, 3, 32, 32\]"):
             detector(given)
     assert len(detector.judge([])[0]) == 0
-    for given, error in ((["nope.png"], OSError), (["net.pt"], OSError), ([images[0]], ValueError), ([3], ValueError)):
+    Path("bomb.ppm").write_bytes(b"P6 60000 60000 255 ")  # PIL refuses 3.6 gigapixels
+    for given, error in ((["nope.png"], OSError), (["net.pt"], OSError), (["bomb.ppm"], ValueError),
+                         ([images[0]], ValueError), ([3], ValueError)):
         with pytest.raises(error):
             detector.judge(given)
 
