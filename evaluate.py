@@ -678,19 +678,24 @@ def digest_of(images, labels):
     return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
 
 
-def describe(program, data, size, device):
-    """What results.json says of every run."""
-    versions = {package.__name__: package.__version__ for package in (torch, torchvision, np)}
-    own = {split: data.splits[split] for split in ID_SPLITS}
+def code_digest():
+    """A digest of the five files."""
     code = hashlib.sha256()
     for name in ("train", "synthesize", "losses", "evaluate", "models"):
         code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return code.hexdigest()
+
+
+def describe(program, data, size, device, code):
+    """What results.json says of every run; code: the digest when it began."""
+    versions = {package.__name__: package.__version__ for package in (torch, torchvision, np)}
+    own = {split: data.splits[split] for split in ID_SPLITS}
     return {"dataset": data.name, "size": size, "classes": data.classes,
             "id": {"n": {split: len(labels) for split, (_, labels) in own.items()},
                    "digest": "-".join(f"{digest_of(*pair):08x}" for pair in own.values())},
             "command": shlex.join([program, *sys.argv[1:]]), "device": device,
             "versions": versions, "missing": data.missing(), "sources": data.sources,
-            "code": code.hexdigest()}
+            "code": code}
 
 
 # --- Tables and pictures.
@@ -1101,7 +1106,7 @@ def measure(args):
     data = load_set(args.dataset, args.data_root, args.size, ood=args.ood)
     if not set(data.splits) - set(ID_SPLITS):
         fail(f"no OOD set of {data.name} is there: name folders with --ood")
-    results = {**describe("evaluate.py", data, args.size, args.device), "models": {}}
+    results = {**describe("evaluate.py", data, args.size, args.device, code_digest()), "models": {}}
     for file in args.checkpoints:
         name = Path(file).stem if Path(file).stem not in results["models"] else file
         results["models"][name], confidences[name] = measure_file(file, data, scores, args.device)

@@ -69,6 +69,7 @@ class Run(NamedTuple):
     digest: int     # of the training images and labels
     out: Path       # None: nothing is printed or written, as in the benchmark
     seconds: dict   # used so far, by stage
+    code: str = ""  # digest of the five files when the run began, or was resumed
 
 
 def main():
@@ -613,7 +614,7 @@ def made(stage, run):
 def begin_run(options, out, resume, data):
     """The folder --out, empty or to be resumed by the same options on the same images -> a Run."""
     run = Run(options, evaluate.digest_of(*data.splits["train"]), out,
-              {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0})
+              {"ce": 0.0, "teacher": 0.0, "synthesize": 0.0, "oal": 0.0}, evaluate.code_digest())
     if resume and (out / "checkpoint.pt").exists():
         saved = load_checkpoint(out)
         old = saved["options"]
@@ -703,7 +704,7 @@ def report(args, run, data, row):
                                                   args.device)
     seconds = {**run.seconds, "evaluate": time.perf_counter() - begun}
     seconds["total"] = sum(seconds.values())
-    results = {**evaluate.describe("train.py", data, run.options["size"], args.device),
+    results = {**evaluate.describe("train.py", data, run.options["size"], args.device, run.code),
                "arch": run.options["arch"], "seed": run.options["seed"], "label": row,
                "options": run.options, "seconds": seconds, "models": measured}
     evaluate.write(run.out / "results.json", json.dumps(results, indent=1))
