@@ -827,7 +827,7 @@ def plot(path, columns, names):
             axis.set_title(f"{drawable(heading)}: AUROC {auroc:.1f}", fontsize=9)
             axis.set_yticks([])
             axis.legend(fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(w_pad=2)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=90)
     write(path, picture.getvalue())
