@@ -2,7 +2,7 @@
 
     python evaluate.py runs/cifar100/student.pt --dataset cifar100 --data-root DIR [--ood FOLDER]
     python evaluate.py runs/photos/student.pt --flag FOLDER > flags.csv  # verdict per image
-    python evaluate.py --collect results/photos/*.json  # tables over seeds
+    python evaluate.py --collect results/cifar100/*.json  # tables over seeds
 
 Lists, transform and metrics are those of OpenOOD v1.5 (arXiv 2306.09301). A score is a confidence:
 higher = more in-distribution.
@@ -957,9 +957,9 @@ def size_of(path, given):
 
 
 def load_detector(path, device="cpu", data=None):
-    """A file of weights NAME.pt -> its Detector, by NAME.detector.pt alone.
+    """A file of weights NAME.pt -> its Detector, by NAME.detector.pt, without images.
 
-    Without that file the classes, mean, std and size are those of data, an ImageSet, and the
+    If that file is missing, the classes, mean, std and size are those of data, an ImageSet, and the
     Detector has no threshold yet. ValueError or OSError: a file is missing, damaged or another
     run's, or its classes are not those of data.
     """
@@ -1114,12 +1114,13 @@ def measure(args):
     print("\n".join(tables([results])))
     write(path, json.dumps(results, indent=1))
     if args.plot:
-        detector, names = read_detector(file), list(confidences)
-        by = {names[0]: "ebo", name: detector["score"] if detector else "micl"}
-        by = dict.fromkeys(by, args.score) if args.score != "all" else by
+        detector, first = read_detector(file), next(iter(confidences))
+        by = ("ebo", detector["score"] if detector else "micl")
+        by = by if args.score == "all" else (args.score, args.score)
         sets = {group: [one for one in members if one in data.splits]
                 for group, members in data.groups.items()}
-        plot(args.plot, {f"{one}, {score}": confidences[one][score] for one, score in by.items()},
+        plot(args.plot, {f"{one}, {score}": confidences[one][score]
+                         for one, score in zip((first, name), by)},
              [*sets["near"][:1], *sets["far"][:1], *sets["yours"]][:2])
     print(f"written: {path}{f', {args.plot}' if args.plot else ''}")
 

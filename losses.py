@@ -107,7 +107,7 @@ class MICL(nn.Module):
         r(h) = m / d,    m = top logit - mean logit,    d = |h - mean|
 
     m says how far the predicted class stands out, d how far the feature is from the centre of the
-    ID features. Both grow with the length of a feature, as the energy does; their ratio does not.
+    ID features. Both grow with the length of a feature, as the energy does; their ratio hardly.
     At r = tau ID and outlier are equally likely; a > 0 is the slope of the log-odds there. Both
     are trained with the network, without weight decay. `mean` [D] is a running mean.
 

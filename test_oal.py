@@ -2970,3 +2970,7 @@ def test_a_picture_has_a_near_and_a_far_set_before_and_after(default_run, tiny, 
     ((_, columns, sets), _), = drawn
     assert list(columns) == ["ce, ebo", "student, micl"] and sets == ["held_out", "noise"]
     assert Image.open("p.png").size == (720, 396)
+    go(evaluate, default_run / "student.pt", "--plot p.png --score ebo")
+    assert list(drawn[1][0][1]) == ["student, ebo"]
+    go(evaluate, default_run / "student.pt", "--plot p.png")
+    assert list(drawn[2][0][1]) == ["student, ebo", "student, micl"]
