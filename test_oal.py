@@ -651,7 +651,7 @@ def test_a_folders_images_are_decoded_once(monkeypatch, capsys):
 
 
 def test_embedded_images_and_names_of_classes():
-    """Images are the same each time; near-OOD's pixel means and contrasts are those of ID within 5.""" 
+    """Images are the same each time; near-OOD's pixel means and contrasts are those of ID within 5."""
     images, labels = evaluate.draw_set("test")
     held_out, minus = evaluate.draw_set("held_out")
     assert images.equal(evaluate.draw_set("test")[0]) and images.dtype == torch.uint8
@@ -2170,10 +2170,12 @@ def test_a_small_folder_is_learned(classes, count, tiny, monkeypatch):
     assert own["teacher"] >= own["ce"] - 3
 
 
-def test_four_training_images_end_well(tiny):
+def test_four_training_images_end_well(tiny, monkeypatch):
+    """And results.json says which code began the run, though a file of it is edited meanwhile."""
     draw_classes("photos", train_a=2, train_b=2, val_a=1, val_b=1, test_a=1, test_b=1)
+    monkeypatch.setattr(evaluate, "code_digest", iter(["begun", "edited"]).__next__)
     tiny("run", "--arch resnet_tiny --dataset photos")
-    assert Path("run/results.json").exists()
+    assert results_of("run")["code"] == "begun"
 
 
 def test_photographs(pretrained, evaluate_py, capsys):
