@@ -8,9 +8,7 @@ Lists, transform and metrics are those of OpenOOD v1.5 (arXiv 2306.09301). A sco
 higher = more in-distribution.
 """
 import argparse
-import contextlib
 import csv
-import functools
 import hashlib
 import io
 import json
@@ -262,6 +260,8 @@ def from_torchvision(dataset, split, root, size):
         pairs = [(to_tensor(image, size), label) for part in parts
                  for image, label in getattr(datasets, kind)(root, part, download=True)]
     except Exception as problem:  # another set, no network, scipy missing for SVHN
+        if models.out_of_memory(problem):
+            raise
         note(f"torchvision did not bring {name}: {problem}".splitlines()[0])
         return None
     images, labels = torch.stack([image for image, _ in pairs]), [label for _, label in pairs]
@@ -347,18 +347,14 @@ def class_names(train):
     """The folder train/ -> the names of its classes, sorted."""
     if not train.is_dir():
         fail(f"no folder {train}: put the images of each class into {train / 'CLASS'}")
-    names = {path: normalize("NFC", path.name)  # macOS writes an accent apart
+    names = {normalize("NFC", path.name)  # macOS writes an accent apart
              for path in train.iterdir() if path.is_dir()}
-    left_out = sorted(name for name in names.values() if name[0] in ".@")
-    classes = sorted(set(names.values()) - set(left_out))
-    for path, name in names.items():
-        deeper = [inner for inner in path.iterdir() if inner.is_dir() and inner.name[0] not in ".@"]
-        if classes == [name] and len(deeper) > 1:
-            fail(f"{train} holds one folder, and the classes lie one folder deeper: move the "
-                 f"{len(deeper)} folders of {path} to {train}")
+    left_out = sorted(name for name in names if name[0] in ".@")
+    classes = sorted(names - set(left_out))
     if len(classes) < 2:
         left = f" (left out, for their first letter: {', '.join(left_out)})" if left_out else ""
-        fail(f"{train} holds fewer than two classes{left}: add a folder for each")
+        fail(f"{train} holds fewer than two classes{left}: add a folder for each, or move up "
+             "those that lie one folder deeper")
     return classes
 
 
@@ -674,8 +670,8 @@ def evaluate(net, data, scores, ref):
 
 def digest_of(images, labels):
     """A digest of images and labels, 32 bits, without a copy of them."""
-    parts = (part.cpu().contiguous().numpy().data for part in (images, labels))
-    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
+    images, labels = (part.cpu().contiguous().numpy().data for part in (images, labels))
+    return zlib.crc32(labels, zlib.crc32(images))
 
 
 def code_digest():
@@ -709,7 +705,7 @@ def table_rows(runs):
             label, minutes = run.get("label", name), run["seconds"].get(name, 0) / 60
             if name == "ce" and "label" in run:  # evaluate.py's results have no label
                 known = rows.get("start", {}).get(seed)
-                if known and known[0]["id_acc"] == entry["id_acc"]:  # the same, given by --ce
+                if known and known[0] == entry:  # the same, given by --ce
                     rows["start"][seed] = known[0], max(known[1], minutes)
                     continue
                 label = f"start of {label}" if known else "start"
@@ -858,7 +854,7 @@ class Detector:
                              f"{images.dtype} {list(images.shape)}: .judge takes files")
         self.net.eval()  # whatever its owner has done to it
         logits, features = models.predict(self.net, images)
-        score = SCORES[self.score](logits, features, self.known())
+        score = SCORES[self.score](logits, features, vars(self))
         return logits.argmax(1), score, (self.a * (score - self.tau)).sigmoid()
 
     def judge(self, images):
@@ -872,20 +868,13 @@ class Detector:
             if not isinstance(image, kinds):
                 raise ValueError(f"judge takes paths and PIL images, not {type(image).__name__}")
             try:
-                with contextlib.ExitStack() as files:
-                    opened = image if isinstance(image, Image.Image) else files.enter_context(
-                        Image.open(image))
-                    ready.append(to_tensor(ImageOps.exif_transpose(opened), self.size)[None])
+                opened = image if isinstance(image, Image.Image) else Image.open(image)
+                ready.append(to_tensor(ImageOps.exif_transpose(opened), self.size)[None])
             except Exception as problem:  # PIL raises a dozen types for damaged files
                 if isinstance(problem, OSError) or models.out_of_memory(problem):
                     raise
                 raise ValueError(f"{image} cannot be read: {problem}")
         return self(torch.cat(ready))
-
-    def known(self):
-        """What its file says of the training features, as scores take it."""
-        return {key: value for key, value in vars(self).items()
-                if key in ("mean", "bank", "k", "standard")}
 
 
 def digest(net):
@@ -930,19 +919,17 @@ def read_detector(path):
         mean, std = content["image_mean"], content["image_std"]
         scalars = [content["threshold"], *(content[key] for key in ("a", "tau") if key in content)]
         texts = [content["digest"], content["arch"], *content["classes"]]
-        tensors = [mean, std, content["mean"], *scalars]
         fits = (mean.shape == std.shape == (3,) and std.min() > 0 and content.get("a", 1) > 0
                 and not any(scalar.dim() for scalar in scalars) and content["mean"].dim() == 1
                 and content["size"] in SIZES and content["n_val"] > 0
                 and all(type(text) is str for text in texts))
         if content["score"] == "micl_knn":
             bank, standard = content["bank"], content["standard"]
-            tensors += [bank, standard]
             fits = (fits and bank.dim() == 2 and bank.shape[1:] == content["mean"].shape
                     and len(bank) and standard.shape == (2, 2) and standard[:, 1].min() > 0
                     and 0 < content["k"] <= len(bank))
-        if not (fits and content["score"] in ("micl", "micl_knn")
-                and all(value.isfinite().all() for value in tensors)):
+        if not (fits and content["score"] in ("micl", "micl_knn") and all(
+                value.isfinite().all() for value in content.values() if torch.is_tensor(value))):
             raise ValueError("an entry does not fit")
     return content
 
@@ -1058,20 +1045,19 @@ def check_common(args, alone=True):
 
 def main():
     parser = common_parser(__doc__)
-    parser.add_argument("checkpoints", nargs="*", type=os.path.expanduser,
-                        help="files of weights, each a row of the result")
-    parser.add_argument("--score", choices=[*SCORES, "all"], default="all")
-    parser.add_argument("--ood", nargs="+", action="extend", default=[], type=folder,
-                        metavar="FOLDER", help="folders of your own OOD images")
-    parser.add_argument("--flag", type=folder, metavar="FOLDER",
-                        help="print class, score, verdict and P(ID) of each image of the folder, "
-                        "by NAME.detector.pt, else by the images of --dataset")
-    parser.add_argument("--plot", metavar="FILE.png", help="histograms of a near and a far set: "
-                        "the first network by energy, the last by its detector's score")
-    parser.add_argument("--collect", nargs="+", action="extend", metavar="RESULTS.json",
-                        help="print the tables of these runs and stop")
-    parser.add_argument("--out", default="runs/evaluate", type=os.path.expanduser,
-                        help="folder for results.json")
+    add = parser.add_argument
+    add("checkpoints", nargs="*", type=os.path.expanduser,
+        help="files of weights, each a row of the result")
+    add("--score", choices=[*SCORES, "all"], default="all")
+    add("--ood", nargs="+", action="extend", default=[], type=folder, metavar="FOLDER",
+        help="folders of your own OOD images")
+    add("--flag", type=folder, metavar="FOLDER", help="print class, score, verdict and P(ID) of "
+        "each image of the folder, by NAME.detector.pt, else by the images of --dataset")
+    add("--plot", metavar="FILE.png", help="histograms of a near and a far set: the first network "
+        "by energy, the last by its detector's score")
+    add("--collect", nargs="+", action="extend", metavar="RESULTS.json",
+        help="print the tables of these runs and stop")
+    add("--out", default="runs/evaluate", type=os.path.expanduser, help="folder for results.json")
     args = parser.parse_args()
     if args.collect:
         print("\n".join(collect(args.collect)))
@@ -1128,7 +1114,7 @@ def measure(args):
 def measure_file(path, data, scores, device):
     """A file of weights on the sets of data -> as evaluate(), by what its detector file knows."""
     detector = load_detector(path, device, data)
-    return evaluate(detector.net, data, scores, reference(detector.net, data) | detector.known())
+    return evaluate(detector.net, data, scores, reference(detector.net, data) | vars(detector))
 
 
 def flag(args, own_set):

@@ -439,7 +439,7 @@ def read_state(path):
             with torch.serialization.safe_globals(NUMPY), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch would warn before our line
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as problem:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as problem:
         fail(f"no checkpoint {path} ({problem.strerror}): name a file of weights")
     except ImportError:
         fail(f"{path} needs a package that is not installed: pip install safetensors")
@@ -505,7 +505,7 @@ def load_network(path, num_classes, arch=None, size=None):
     if bias is not None and bias.numel() != num_classes:
         fail(f"{path} was trained for {bias.numel()} classes, not for {num_classes}: name its own "
              "--dataset")
-    if size and not arch and (large and size < 96 or kind in ARCHS and not large and size >= 224):
+    if size and not arch and kind in ARCHS and not large and size >= 224:
         fail(f"{path} is not a network for images {size} wide: leave out --size")
     size = size or size_of_stem(path)
     images = torch.randint(256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator())

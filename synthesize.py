@@ -334,13 +334,12 @@ SD_PROMPT = "A high-quality image of the thing"
 
 def load_sd(name, device):
     """A folder or a name on the Hugging Face hub -> its StableDiffusionPipeline, with PLMS."""
-    try:
+    # Refused: no package, no network, no such name, a folder of something else.
+    with models.refusal(f"--sd-model {name} cannot be loaded: name a folder, or a name on the "
+                        "Hugging Face hub, and pip install diffusers transformers"):
         from diffusers import PNDMScheduler, StableDiffusionPipeline
         pipe = StableDiffusionPipeline.from_pretrained(
             name, safety_checker=None, requires_safety_checker=False, low_cpu_mem_usage=False)
-    except Exception as problem:  # no package, no network, no such name, a folder of something else
-        fail(f"--sd-model {name} cannot be loaded ({str(problem):.200}): name a folder, or a name "
-             "on the Hugging Face hub, and pip install diffusers transformers")
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device, torch.float16 if torch.device(device).type == "cuda" else torch.float32)
@@ -526,23 +525,21 @@ def read_outliers(path, net):
 
 def main():
     parser = evaluate.common_parser(__doc__)
-    file = {"type": os.path.expanduser, "metavar": "FILE"}
-    parser.add_argument("checkpoint", **file, help="weights of the network whose feature space is "
-                        "searched")
-    parser.add_argument("--teacher", **file, help="another network for the features")
-    parser.add_argument("--out", **file, default="outliers.pt", help="file for the outliers")
-    parser.add_argument("--generator", choices=("diffusion", "sd"), default="diffusion",
-                        help="of the latents: trained here, or Stable Diffusion v1")
-    parser.add_argument("--sd-model", metavar="FOLDER_OR_NAME", help="of the Hugging Face hub",
-                        default="CompVis/stable-diffusion-v1-4")
+    add, file = parser.add_argument, {"type": os.path.expanduser, "metavar": "FILE"}
+    add("checkpoint", **file, help="weights of the network whose feature space is searched")
+    add("--teacher", **file, help="another network for the features")
+    add("--out", **file, default="outliers.pt", help="file for the outliers")
+    add("--generator", choices=("diffusion", "sd"), default="diffusion",
+        help="of the latents: trained here, or Stable Diffusion v1")
+    add("--sd-model", metavar="FOLDER_OR_NAME", default="CompVis/stable-diffusion-v1-4",
+        help="of the Hugging Face hub")
     for name, default, what in (
             ("--per-class", 50, "boundary outliers of a class"),
             ("--diffusion-steps", 1000, "of training"),
             ("--sd-latents", 300, "latents of sd, and as many inliers"),
             ("--sd-batch", 4, "of these at once")):
-        parser.add_argument(name, type=evaluate.POSITIVE, default=default,
-                            help=f"{what} (%(default)s)")
-    parser.add_argument("--seed", type=evaluate.SEED, default=0)
+        add(name, type=evaluate.POSITIVE, default=default, help=f"{what} (%(default)s)")
+    add("--seed", type=evaluate.SEED, default=0)
     args = parser.parse_args()
     evaluate.check_common(args)
     if Path(args.out).exists():

@@ -479,6 +479,9 @@ def test_sets_through_torchvision(tmp_path, monkeypatch, refused, capsys):
     assert "torchvision did not bring svhn: [Errno 28]" in capsys.readouterr().err
     monkeypatch.setattr(evaluate.datasets, "CIFAR100", full_disk)
     assert str(tmp_path) in refused(load_set, "cifar100", tmp_path, alone=False)
+    monkeypatch.setattr(evaluate.datasets, "CIFAR100", lambda *words, **more: stop(MemoryError()))
+    with pytest.raises(MemoryError):  # which is no fault of the set
+        load_set("cifar100", tmp_path)
 
 
 def test_a_folder_of_classes():
@@ -896,7 +899,8 @@ def test_what_is_no_checkpoint_ends_in_one_line_that_names_the_cause(refused):
         Path(name).write_bytes(content)
         assert says in refused(load_network, name, 10)
     os.mkdir("folder.pt")
-    assert "Is a directory" in refused(load_network, "folder.pt", 10)
+    for name, says in (("folder.pt", "Is a directory"), ("net.pt/x.pt", "Not a directory")):
+        assert f"no checkpoint {name} ({says})" in refused(load_network, name, 10)
     with warnings.catch_warnings(record=True) as others:
         warnings.simplefilter("always")
         torch.jit.trace(tiny_net(10).eval(), torch.zeros(1, 3, 32, 32)).save("net.pt")
@@ -2399,13 +2403,14 @@ def test_a_label_is_what_is_not_the_default(words, label):
 
 
 def test_a_label_names_the_files_that_its_recipe_does_not_make(default_run, tiny):
-    """Those of other epochs or settings are; the run's own are not."""
+    """Those of other epochs, settings or a recipe that keeps the best epoch are; the run's own are not."""
     start, outliers = default_run / "ce.pt", default_run / "outliers.pt"
     for name, count in (("same.pt", 4), ("other.pt", 3)):
         go(synthesize, start, f"--per-class {count} --diffusion-steps 10 --out", name)
     for i, (words, given, foreign) in enumerate((
             ("", ["--outliers same.pt"], ""), ("", ["--outliers", outliers], ""),
-            ("", ["--outliers other.pt"], " --outliers other.pt"), ("--epochs 1 ", [], " --ce ce.pt"))):
+            ("", ["--outliers other.pt"], " --outliers other.pt"), ("--epochs 1 ", [], " --ce ce.pt"),
+            ("--recipe released --epochs 2 ", ["--outliers", outliers], " --ce ce.pt"))):
         tiny(f"{i}", f"{words}--w-kd 0 --w-maps 0 --ce", start, *given)
         assert results_of(f"{i}")["label"] == f"`{words}--w-kd 0 --w-maps 0{foreign}`"
 
@@ -2898,6 +2903,8 @@ def test_a_row_of_the_tables_is_a_label_over_its_seeds(capsys):
         *means, "", "| AUROC | svhn (10) |", "|---|---|", *sets, "",
         "| less OAL, mean±standard error | pairs | accuracy | near AUROC | near FPR95 |", "|---|---|---|---|---|",
         *less, "", "missing, in no mean: places365"]
+    other = result(0, "`--w-kd 0`", ce="other.pt", start=measured(50.0, 61.0))  # as accurate by chance
+    assert any(line.startswith("| start of `--w-kd 0` | 1 |") for line in evaluate.tables([result(0), other]))
     backwards = evaluate.tables([*runs[3:5], *runs[:3]])
     assert any(line.startswith("| start | 3 | 2.0±1.0 | 51.0±1.0 ") for line in backwards)  # with its minutes
 

@@ -59,8 +59,7 @@ RECIPES = {"oal": dict(w_kd=4.0, w_maps=16.0, w_boundary=0.0, w_micl=1.0),
 FINE_TUNING = dict(lr=1e-4, epochs=50)
 # SGD settings of the projection of a teacher's features, of the CLUBs, of MICL's a and tau.
 PARTS = {"projection": dict(lr=0.01), "boundary_club": dict(lr=1e-4),
-         "latent_club": dict(lr=1e-4),
-         "critic": dict(weight_decay=0.0)}
+         "latent_club": dict(lr=1e-4), "critic": dict(weight_decay=0.0)}
 
 
 class Run(NamedTuple):
@@ -161,13 +160,12 @@ class OAL(nn.Module):
         self.net, self.outliers = net, outliers
         self.w = {name: options[f"w_{name}"] for name in ("kd", "maps", "micl")}
         self.noise = options["outliers"] == "noise"
-        self.teacher = self.projection = self.critic = self.teacher_head = None
-        if teacher is not None:
-            self.teacher = models.frozen(teacher)
-            if options["pretrained"] and kin:  # the same features, which are frozen
-                self.teacher_head = teacher.classify
-            if self.w["maps"] and not kin:
-                self.projection = models.projection(teacher.fc.in_features, net.fc.in_features)
+        self.teacher = teacher and models.frozen(teacher)
+        self.projection = self.critic = self.teacher_head = None
+        if teacher and options["pretrained"] and kin:  # the same features, which are frozen
+            self.teacher_head = teacher.classify
+        if self.w["maps"] and not kin:
+            self.projection = models.projection(teacher.fc.in_features, net.fc.in_features)
         if self.w["micl"] and options["contrast"] == "micl":
             images, _ = data.splits["train"]
             some = images[::max(1, len(images) // 5000)]  # lists are sorted by class
@@ -218,11 +216,10 @@ class Released(nn.Module):
         super().__init__()
         self.net, self.outliers = net, outliers
         self.w = {name: options[f"w_{name}"] for name in ("kd", "maps", "boundary", "micl")}
-        self.teacher = self.projection = self.boundary_club = self.latent_club = None
+        self.teacher = teacher and models.frozen(teacher)
+        self.projection = self.boundary_club = self.latent_club = None
         dim = net.fc.in_features
-        if teacher is not None:
-            self.teacher = models.frozen(teacher)
-        if teacher is not None and self.w["maps"]:
+        if self.w["maps"]:
             self.projection = models.projection(teacher.fc.in_features, dim)
         if self.w["boundary"]:
             self.boundary_club = losses.CLUB(outliers["boundary"].shape[1], dim, 512)
@@ -523,7 +520,7 @@ def load_inputs(args, device):
 
     The training images are on the device. ce and teacher: Detectors of --ce and --teacher FILE, or
     of fresh or ImageNet weights, still to be trained. teacher: None if there is neither --teacher
-    nor distillation. outliers: those of --outliers FILE, or None.
+    nor distillation, or if the start is to be it. outliers: those of --outliers FILE, or None.
     """
     options = args.options
     if not is_first():
@@ -607,8 +604,9 @@ def made(stage, run):
     epochs = options["epochs"] or options[f"{stage}_epochs"]
     how = {"ce": options["pretrained"], "teacher": options["teacher"] if is_name(
         options["teacher"]) else None, "oal": options["recipe"]}[stage]
-    return (f"{stage}, {options['arch']}, {how}, {epochs} epochs, seed {options['seed']}, images "
-            f"{run.digest:08x}")
+    best = ", of which the best" * (options["recipe"] == "released")
+    return (f"{stage}, {options['arch']}, {how}, {epochs} epochs{best}, seed {options['seed']}, "
+            f"images {run.digest:08x}")
 
 
 def begin_run(options, out, resume, data):
@@ -779,33 +777,30 @@ def benchmark(out, options, data, net, teacher):
 def parse_args():
     """-> the arguments, not changed any more; args.options hold what decides the weights."""
     parser = evaluate.common_parser(__doc__)
-    file = {"type": os.path.expanduser}
-    parser.add_argument("--ood", nargs="+", action="extend", default=[], type=evaluate.folder,
-                        metavar="FOLDER", help="folders of your own OOD images")
-    parser.add_argument("--out", **file, help="folder for everything that is written "
-                        "(runs/DATASET)")
-    parser.add_argument("--seed", type=evaluate.SEED, default=0)
-    parser.add_argument("--arch", choices=models.ARCHS, help="a network trained from nothing "
-                        "(resnet_tiny on shapes, resnet18 on CIFAR)")
-    parser.add_argument("--pretrained", choices=models.PRETRAINED, help="a network with ImageNet "
-                        "weights (efficientnet_lite0 on a FOLDER)")
-    parser.add_argument("--epochs", type=evaluate.POSITIVE, help="of each stage (the arch's own)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--benchmark", action="store_true", help="measure speed and stop")
-    parser.add_argument("--ce", **file, metavar="FILE", help="start from this network")
-    parser.add_argument("--teacher", **file, metavar="{NAME,FILE}",
-                        help="distil from this network: a classifier of torchvision by its NAME, "
-                        "with ImageNet weights, fine-tuned here, or a FILE of ours")
-    parser.add_argument("--recipe", choices=RECIPES, default="oal",
-                        help="released: that of the paper's code")
-    parser.add_argument("--peer", choices=["vos"], help="train the student by this method instead")
-    parser.add_argument("--contrast", choices=["micl", "oe"], default="micl",
-                        help="oe: the loss of Outlier Exposure in place of MICL")
-    parser.add_argument("--outliers", default="diffusion", **file, metavar="{diffusion,noise,FILE}",
-                        help="noise in place of drawn steps; or an outliers.pt of the same --ce")
+    add, file = parser.add_argument, {"type": os.path.expanduser}
+    add("--ood", nargs="+", action="extend", default=[], type=evaluate.folder, metavar="FOLDER",
+        help="folders of your own OOD images")
+    add("--out", **file, help="folder for everything that is written (runs/DATASET)")
+    add("--seed", type=evaluate.SEED, default=0)
+    add("--arch", choices=models.ARCHS,
+        help="a network trained from nothing (resnet_tiny on shapes, resnet18 on CIFAR)")
+    add("--pretrained", choices=models.PRETRAINED,
+        help="a network with ImageNet weights (efficientnet_lite0 on a FOLDER)")
+    add("--epochs", type=evaluate.POSITIVE, help="of each stage (the arch's own)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--benchmark", action="store_true", help="measure speed and stop")
+    add("--ce", **file, metavar="FILE", help="start from this network")
+    add("--teacher", **file, metavar="{NAME,FILE}", help="distil from this network: a FILE of "
+        "ours, or torchvision's NAME, with ImageNet weights, fine-tuned here")
+    add("--recipe", choices=RECIPES, default="oal", help="released: that of the paper's code")
+    add("--peer", choices=["vos"], help="train the student by this method instead")
+    add("--contrast", choices=["micl", "oe"], default="micl",
+        help="oe: the loss of Outlier Exposure in place of MICL")
+    add("--outliers", default="diffusion", **file, metavar="{diffusion,noise,FILE}",
+        help="noise in place of drawn steps; or an outliers.pt of the same --ce")
     for name in RECIPES["oal"]:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=evaluate.FINITE,
-                            help="weight of the term; 0 leaves it out")
+        add(f"--{name.replace('_', '-')}", type=evaluate.FINITE,
+            help="weight of the term; 0 leaves it out")
     args = parser.parse_args()
     evaluate.check_common(args, alone=False)
     weights = {name: getattr(args, name) for name in RECIPES["oal"]}
