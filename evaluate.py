@@ -71,7 +71,8 @@ def guarded(main):
     """Runs a program. What a user or the machine causes ends it with a line on stderr, status 2."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed, and so may stderr:
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # print would take stdout in its place
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # names of any bytes
     try:
@@ -87,7 +88,10 @@ def guarded(main):
     except FloatingPointError as problem:
         says = f"{problem}: train it again, on more images or with a lower --w-* weight"
     except OSError as problem:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the flush at exit would fail again
+        try:
+            sys.stdout.flush()  # what was measured before
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the flush at exit would fail again
         says = str(problem)
     except (MemoryError, RuntimeError) as problem:
         if not models.out_of_memory(problem):
@@ -381,6 +385,9 @@ def read_classes(folder, size=32, data_root="data"):
             fail(f"{root / name / other} is no class of {root / 'train'}: move it away, or add "
                  "the class")
         splits[split] = images, torch.tensor([classes.index(one) for one in own])
+    if "val" in splits and set(digests["val"]) <= set(digests["train"]):
+        fail(f"all images of val/ in {root} are copies of images of train/, and say nothing of new "
+             "ones: remove val/, or fill it with others")
 
     # An absent split takes its share of train/.
     absent = [split for split in ("val", "test") if split not in splits]
@@ -794,12 +801,12 @@ def tables(runs):
 
 def collect(paths):
     """results.json files -> the lines of their tables."""
-    try:
-        return tables([json.loads(Path(path).read_text()) for path in paths])
-    except Mistake:
-        raise
-    except (ValueError, LookupError, AttributeError, TypeError) as problem:
-        fail(f"--collect {' '.join(map(str, paths))}: no results.json of one benchmark ({problem})")
+    runs = []
+    for path in paths:
+        with models.refusal(f"{path} is no results.json: name those of runs"):
+            runs.append(json.loads(Path(path).read_text()))
+    with models.refusal(f"--collect {' '.join(map(str, paths))}: no results.json of one benchmark"):
+        return tables(runs)
 
 
 def plot(path, columns, names):
@@ -864,7 +871,8 @@ class Detector:
         """
         kinds = (str, os.PathLike, Image.Image)
         ready = [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)]
-        for image in [images] if isinstance(images, kinds) else images:
+        one = isinstance(images, kinds) or not hasattr(images, "__iter__")
+        for image in [images] if one else images:
             if not isinstance(image, kinds):
                 raise ValueError(f"judge takes paths and PIL images, not {type(image).__name__}")
             try:
@@ -892,6 +900,7 @@ def describe_detector(net, data, score="micl", outliers=None, **more):
     texts, how the network was made.
     """
     ref = reference(net, data)
+    models.check_different(ref["features"])
     conf = SCORES[score](*models.predict(net, data.splits["val"][0]), ref)
     content = {"image_mean": net.image_mean.cpu(), "image_std": net.image_std.cpu(),
                "size": net.size, "classes": list(data.classes), "arch": net.arch, "score": score,
@@ -915,19 +924,21 @@ def read_detector(path):
         return None
     with models.refusal(f"{beside(path)} is not a detector: remove it, and name the ID set by "
                         "--dataset"):
-        content = torch.load(beside(path), map_location="cpu", weights_only=True)
+        content = models.load_tensors(beside(path))
         mean, std = content["image_mean"], content["image_std"]
         scalars = [content["threshold"], *(content[key] for key in ("a", "tau") if key in content)]
         texts = [content["digest"], content["arch"], *content["classes"]]
         fits = (mean.shape == std.shape == (3,) and std.min() > 0 and content.get("a", 1) > 0
                 and not any(scalar.dim() for scalar in scalars) and content["mean"].dim() == 1
                 and content["size"] in SIZES and content["n_val"] > 0
-                and all(type(text) is str for text in texts))
+                and type(content["size"]) is type(content["n_val"]) is int
+                and all(scalar.is_floating_point() for scalar in scalars)
+                and type(content["classes"]) is list and all(type(text) is str for text in texts))
         if content["score"] == "micl_knn":
             bank, standard = content["bank"], content["standard"]
             fits = (fits and bank.dim() == 2 and bank.shape[1:] == content["mean"].shape
                     and len(bank) and standard.shape == (2, 2) and standard[:, 1].min() > 0
-                    and 0 < content["k"] <= len(bank))
+                    and type(content["k"]) is int and 0 < content["k"] <= len(bank))
         if not (fits and content["score"] in ("micl", "micl_knn") and all(
                 value.isfinite().all() for value in content.values() if torch.is_tensor(value))):
             raise ValueError("an entry does not fit")
@@ -987,9 +998,16 @@ def number(kind, low, high):
     return read
 
 
+def some_path(text):
+    """An argparse type: a path. An empty one may be a shell's variable that was never set."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path: name a file or a folder")
+    return os.path.expanduser(text)
+
+
 def folder(text):
     """An argparse type: the path of a folder that is there."""
-    text = os.path.expanduser(text)
+    text = some_path(text)
     if not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"no folder '{text}': name one of images")
     return text
@@ -997,7 +1015,7 @@ def folder(text):
 
 def id_set(text):
     """An argparse type: a name of an ID set, or the path of a folder, written in one way."""
-    path = text if text in NAMED else os.path.normpath(os.path.expanduser(text))
+    path = text if text in NAMED else os.path.normpath(some_path(text))
     return os.path.abspath(path) if path in NAMED and path != text else path  # the folder ./shapes
 
 
@@ -1014,7 +1032,7 @@ def common_parser(doc):
                         help="the ID set (shapes); FOLDER holds train/CLASS/... (val/, test/)")
     parser.add_argument("--size", type=int, choices=SIZES, metavar="S", help="side of the images, "
                         "a multiple of 32 up to 320 (the network's, or 32)")
-    parser.add_argument("--data-root", metavar="DIR", default="data", type=os.path.expanduser,
+    parser.add_argument("--data-root", metavar="DIR", default="data", type=some_path,
                         help="in the OpenOOD v1.5 layout, or where torchvision downloads "
                         "(%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
@@ -1046,18 +1064,18 @@ def check_common(args, alone=True):
 def main():
     parser = common_parser(__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="*", type=os.path.expanduser,
+    add("checkpoints", nargs="*", type=some_path,
         help="files of weights, each a row of the result")
     add("--score", choices=[*SCORES, "all"], default="all")
     add("--ood", nargs="+", action="extend", default=[], type=folder, metavar="FOLDER",
         help="folders of your own OOD images")
     add("--flag", type=folder, metavar="FOLDER", help="print class, score, verdict and P(ID) of "
         "each image of the folder, by NAME.detector.pt, else by the images of --dataset")
-    add("--plot", metavar="FILE.png", help="histograms of a near and a far set: the first network "
-        "by energy, the last by its detector's score")
+    add("--plot", metavar="FILE.png", type=some_path, help="histograms of a near and a far set: "
+        "the first network by energy, the last by its detector's score")
     add("--collect", nargs="+", action="extend", metavar="RESULTS.json",
         help="print the tables of these runs and stop")
-    add("--out", default="runs/evaluate", type=os.path.expanduser, help="folder for results.json")
+    add("--out", default="runs/evaluate", type=some_path, help="folder for results.json")
     args = parser.parse_args()
     if args.collect:
         print("\n".join(collect(args.collect)))
@@ -1120,15 +1138,13 @@ def measure_file(path, data, scores, device):
 def flag(args, own_set):
     """Prints a CSV: path, predicted class, score, verdict and P(ID) of each image of a folder.
 
-    own_set: a given --dataset, whose images make the detector of a file that has none.
+    own_set: a given --dataset. Its images make the detector of a file that has none.
     """
     path, = args.checkpoints
-    if own_set and not read_detector(path):
-        data = load_set(own_set, args.data_root, args.size, ["train", "val"])
-        net = load_detector(path, args.device, data).net
-        detector = Detector(net, describe_detector(net, data))
-    else:
-        detector = load_detector(path, args.device)
+    data = load_set(own_set, args.data_root, args.size, ["train", "val"]) if own_set else None
+    detector = load_detector(path, args.device, data)
+    if not read_detector(path):
+        detector = Detector(detector.net, describe_detector(detector.net, data))
     images, paths, _, bad = read_folder(args.flag, detector.size)
     labels, score, p_id = (values.tolist() for values in detector(images))
     threshold, n = detector.threshold.item(), detector.n_val

@@ -45,10 +45,11 @@ def distill_maps(student_maps, teacher_maps):
     """
     check(not any(map(torch.is_tensor, (student_maps, teacher_maps))),
           "distill_maps takes two lists of maps", student_maps, teacher_maps)
-    for pair in zip(student_maps, teacher_maps, strict=True):
+    pairs = list(zip(student_maps, teacher_maps, strict=True))
+    for pair in pairs:
         check(pair[0].shape == pair[1].shape, "distill_maps takes pairs of one shape", *pair)
     return sum(F.mse_loss(student.float(), teacher.float()) / teacher.float().square().mean()
-               for student, teacher in zip(student_maps, teacher_maps, strict=True))
+               for student, teacher in pairs)
 
 
 class CLUB(nn.Module):

@@ -9,12 +9,14 @@ A classifier has two halves: `lower` gives a feature map, `upper` the features. 
 such maps: they enter between the halves, never as images.
 """
 import contextlib
+import errno
 import math
 import os
 import re
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,8 @@ def fail(message):
 
 def out_of_memory(problem):
     """Whether an exception says that there is no memory left."""
+    if isinstance(problem, OSError):  # its text may be the name of a file
+        return problem.errno == errno.ENOMEM
     words = "MemoryError|(allocate|out of) memory|ALLOC_FAILED|bad_alloc|start new thread"
     return re.search(words, repr(problem)) is not None
 
@@ -368,6 +372,13 @@ def check_finite(values):
         raise FloatingPointError("the network gives outputs that are not finite")
 
 
+def check_different(features):
+    """Mistake if the rows of features [N, D] are all equal: nothing can be told by them."""
+    if features.eq(features[0]).all():
+        fail("the network gives all training images the same feature: name another network, or "
+             "train on images that differ")
+
+
 def renew_statistics(net, images):
     """Sets batch-norm's running statistics to their mean over the images, uint8 [N, 3, S, S].
 
@@ -417,6 +428,18 @@ FORMATS = {".onnx": "ONNX", ".npz": "numpy", ".npy": "numpy", ".h5": "HDF5", ".k
 NUMPY = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
          for core in ("core", "_core")]
 NUMPY += [np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefd")]
+
+
+def load_tensors(path):
+    """A file of torch.save, which holds tensors and texts alone -> its content, on the CPU.
+
+    torch.load does not see a changed bit: the archive's checksums do. ValueError, among others.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+    return content
 
 
 def renamed(state):

@@ -13,7 +13,6 @@
 import copy
 import hashlib
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -30,8 +29,10 @@ from models import fail
 def unit_features(net, data):
     """Training images -> features [N, D] of unit length, on the network's device."""
     images, _ = data.splits["train"]
-    return torch.cat([F.normalize(features, dim=1) for _, features
-                      in models.feature_batches(net, images)])
+    features = torch.cat([F.normalize(features, dim=1) for _, features
+                          in models.feature_batches(net, images)])
+    models.check_different(features)
+    return features
 
 
 def kth_distance(queries, bank, k):
@@ -507,7 +508,7 @@ def read_outliers(path, net):
         shape = net.eval().lower(net.prepare(image)).numel()
     with models.refusal(f"{path} does not hold outliers made from a network of this shape: name "
                         "another file"):
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = models.load_tensors(path)
         found = {name: value.float() if value.is_floating_point() else value
                  for name, value in found.items()}
         sets = [found["boundary"], found["latent"], found["inlier"],
@@ -525,7 +526,7 @@ def read_outliers(path, net):
 
 def main():
     parser = evaluate.common_parser(__doc__)
-    add, file = parser.add_argument, {"type": os.path.expanduser, "metavar": "FILE"}
+    add, file = parser.add_argument, {"type": evaluate.some_path, "metavar": "FILE"}
     add("checkpoint", **file, help="weights of the network whose feature space is searched")
     add("--teacher", **file, help="another network for the features")
     add("--out", **file, default="outliers.pt", help="file for the outliers")

@@ -363,10 +363,12 @@ def train(stage, objective, data, run):
     state = dict(objective=objective, optimizer=optimizer, schedule=schedule)
     saved = load_checkpoint(run.out) if run.out else {}
     if saved.get("stage") == stage:
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-        g.set_state(saved["generator"])
-        step, best = saved["step"], saved["best"]
+        with models.refusal(f"{run.out / 'checkpoint.pt'} is of another version of this program: "
+                            "name another --out"):
+            for name, part in state.items():
+                part.load_state_dict(saved[name])
+            g.set_state(saved["generator"])
+            step, best = int(saved["step"]), saved["best"]
     engine = parallel(objective, images.device)
 
     # pending: losses not read yet. To read one is to wait for the device.
@@ -651,9 +653,10 @@ def load_checkpoint(out):
     path = out / "checkpoint.pt"
     with models.refusal(f"{path} is not a checkpoint of this program: remove it, or name another "
                         "--out"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"options", "digest", "seconds", "stage"} <= saved.keys():
-            raise ValueError("other keys")
+        saved = models.load_tensors(path)
+        if not ({"options", "digest", "seconds", "stage"} <= saved.keys()
+                and type(saved["options"]) is type(saved["seconds"]) is dict):
+            raise ValueError("other entries")
     return saved
 
 
@@ -675,7 +678,7 @@ def save_network(name, net, data, run, outliers=None, **texts):
 def load_weights(net, path):
     """The same weights in every process, whether trained in this run or an earlier one."""
     with models.refusal(f"{path} is not a network of this run: name another --out"):
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        net.load_state_dict(models.load_tensors(path))
 
 
 def save_outliers(start, searched, outliers, data, run):
@@ -777,7 +780,7 @@ def benchmark(out, options, data, net, teacher):
 def parse_args():
     """-> the arguments, not changed any more; args.options hold what decides the weights."""
     parser = evaluate.common_parser(__doc__)
-    add, file = parser.add_argument, {"type": os.path.expanduser}
+    add, file = parser.add_argument, {"type": evaluate.some_path}
     add("--ood", nargs="+", action="extend", default=[], type=evaluate.folder, metavar="FOLDER",
         help="folders of your own OOD images")
     add("--out", **file, help="folder for everything that is written (runs/DATASET)")
