@@ -71,8 +71,8 @@ def guarded(main):
     """Runs a program. What a user or the machine causes ends it with a line on stderr, status 2."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed, and so may stderr:
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # print would take stdout in its place
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # each may be closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # what is printed to None goes to stdout
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # names of any bytes
     try:
@@ -803,8 +803,9 @@ def collect(paths):
     """results.json files -> the lines of their tables."""
     runs = []
     for path in paths:
+        content = Path(path).read_bytes()
         with models.refusal(f"{path} is no results.json: name those of runs"):
-            runs.append(json.loads(Path(path).read_text()))
+            runs.append(json.loads(content))
     with models.refusal(f"--collect {' '.join(map(str, paths))}: no results.json of one benchmark"):
         return tables(runs)
 
@@ -897,7 +898,7 @@ def describe_detector(net, data, score="micl", outliers=None, **more):
     """A network, its training and validation images -> the entries of NAME.detector.pt.
 
     outliers: logits and features of outliers in test mode, to which a and tau are fitted. more:
-    texts, how the network was made.
+    texts, how the network was made. Mistake: all features are equal.
     """
     ref = reference(net, data)
     models.check_different(ref["features"])
@@ -931,7 +932,7 @@ def read_detector(path):
         fits = (mean.shape == std.shape == (3,) and std.min() > 0 and content.get("a", 1) > 0
                 and not any(scalar.dim() for scalar in scalars) and content["mean"].dim() == 1
                 and content["size"] in SIZES and content["n_val"] > 0
-                and type(content["size"]) is type(content["n_val"]) is int
+                and all(type(content[key]) is int for key in ("size", "n_val"))
                 and all(scalar.is_floating_point() for scalar in scalars)
                 and type(content["classes"]) is list and all(type(text) is str for text in texts))
         if content["score"] == "micl_knn":
@@ -1138,7 +1139,8 @@ def measure_file(path, data, scores, device):
 def flag(args, own_set):
     """Prints a CSV: path, predicted class, score, verdict and P(ID) of each image of a folder.
 
-    own_set: a given --dataset. Its images make the detector of a file that has none.
+    own_set: a given --dataset, of the network's classes. Its images make the detector of a file
+    that has none.
     """
     path, = args.checkpoints
     data = load_set(own_set, args.data_root, args.size, ["train", "val"]) if own_set else None

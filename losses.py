@@ -41,7 +41,7 @@ def distill_maps(student_maps, teacher_maps):
 
     Two lists of maps [B, C, H, W]; the two maps of a stage have one shape. FitNets' hints (Romero
     et al., arXiv 1412.6550) without a regressor: teacher and student grew from the same weights.
-    ValueError: no lists, or shapes that differ.
+    ValueError: tensors in place of lists, or shapes that differ.
     """
     check(not any(map(torch.is_tensor, (student_maps, teacher_maps))),
           "distill_maps takes two lists of maps", student_maps, teacher_maps)

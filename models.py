@@ -433,7 +433,8 @@ NUMPY += [np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefd")]
 def load_tensors(path):
     """A file of torch.save, which holds tensors and texts alone -> its content, on the CPU.
 
-    torch.load does not see a changed bit: the archive's checksums do. ValueError, among others.
+    Raises what torch.load raises. ValueError: a changed bit, which torch.load does not see, but the
+    checksums of the archive do.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
     with zipfile.ZipFile(path) as archive:

@@ -27,7 +27,10 @@ from models import fail
 # --- Boundary outliers.
 
 def unit_features(net, data):
-    """Training images -> features [N, D] of unit length, on the network's device."""
+    """Training images -> features [N, D] of unit length, on the network's device.
+
+    Mistake: they are all equal.
+    """
     images, _ = data.splits["train"]
     features = torch.cat([F.normalize(features, dim=1) for _, features
                           in models.feature_batches(net, images)])

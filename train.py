@@ -368,7 +368,7 @@ def train(stage, objective, data, run):
             for name, part in state.items():
                 part.load_state_dict(saved[name])
             g.set_state(saved["generator"])
-            step, best = int(saved["step"]), saved["best"]
+            step, best = saved["step"], saved["best"]
     engine = parallel(objective, images.device)
 
     # pending: losses not read yet. To read one is to wait for the device.
@@ -655,7 +655,7 @@ def load_checkpoint(out):
                         "--out"):
         saved = models.load_tensors(path)
         if not ({"options", "digest", "seconds", "stage"} <= saved.keys()
-                and type(saved["options"]) is type(saved["seconds"]) is dict):
+                and all(isinstance(saved[name], dict) for name in ("options", "seconds"))):
             raise ValueError("other entries")
     return saved
 
