@@ -2227,6 +2227,9 @@ def test_photographs(pretrained, evaluate_py, capsys):
     assert [row[2] for row in rows[1:]] == [f"{value:.6f}" for value in found.tolist()] and len(rows) == 5
     go(synthesize, "run/ce.pt --dataset photos --per-class 4 --diffusion-steps 20 --out o.pt")
     assert_same(load("run/outliers.pt"), load("o.pt"))
+    torch.save({**content, "k": 1.5}, "run/student.detector.pt")
+    with pytest.raises(ValueError, match="is not a detector"):
+        load_detector("run/student.pt")
 
 
 def test_your_own_classes(tiny, evaluate_py, tmp_path, refused, capsys):
@@ -2980,6 +2983,8 @@ def test_runs_that_make_no_table(refused):
             path.write_text(json.dumps(content))
         assert says in refused(evaluate.collect, paths)
     assert any(line.startswith("| OAL | 2 |") for line in evaluate.tables(images[::2]))
+    Path("1.json").write_text("text")  # the one at fault is named
+    assert refused(evaluate.collect, ["0.json", "1.json"]).startswith("error: 1.json is no results.json")
 
 
 def test_the_tables_under_a_command_are_what_it_prints():
