@@ -522,8 +522,9 @@ def reference(net, data):
     (images, _), (val, _) = data.splits["train"], data.splits["val"]
     logits, features = models.predict(net, images)
     models.check_different(features)
-    mean, every = features.mean(0), slice(None, None, math.ceil(len(features) / 5000))
-    bank, k = F.normalize(features[every], dim=1).half(), 1  # lists are sorted by class
+    mean, k = features.mean(0), 1
+    every = slice(None, None, math.ceil(len(features) / 5000))  # of all classes: lists are sorted
+    bank = F.normalize(features[every], dim=1).half()
     if len(val) < 19:
         pair, neighbour = (logits[every], features[every]), k + 1  # each is its own nearest
     else:
@@ -566,7 +567,7 @@ def report(paths, data, device, out, facts):
     for name, path in paths.items():
         net, detector = open_network(path, data, device)
         ref = reference(net, data)
-        ref.update({key: detector[key] for key in ref if key in detector})  # as the detector judges
+        ref |= {key: detector[key] for key in ref if key in detector}  # as it judges
         results["models"][name], confidences = measure(net, data, ref)
         results.setdefault("arch", net.arch)
         arrays |= {f"{name}/{score}/{split}": conf.float().numpy()
@@ -668,7 +669,7 @@ class Detector:
         ValueError: the n images cannot give the rate.
         """
         n = len(self.val)
-        r = math.floor(rate * (n + 1) + 1e-9)
+        r = math.floor(rate * (n + 1) + 1e-9) if 0 < rate < 1 else 0
         if not 1 <= r <= n:
             least = math.ceil(1e4 / (n + 1)) / 1e4
             raise Mistake(f"{n} validation images cannot give a rate of {rate:g}: name one from "
@@ -681,11 +682,11 @@ def score_of(net):
     return "micl_knn" if net.arch == models.PRETRAINED else "micl"
 
 
-def describe_detector(net, data, start=""):
+def describe_detector(net, data, grew_from=""):
     """A network, its training and validation images -> the content of NAME.detector.pt.
 
-    start: the digest of the network that it grew from. Validation images that are copies of others
-    count once.
+    grew_from: the digest of the network that it started as. Of validation images that are copies of
+    each other one counts.
     """
     ref, score, (images, _) = reference(net, data), score_of(net), data.splits["val"]
     different = {image.numpy().tobytes(): i for i, image in enumerate(images.cpu())}
@@ -693,7 +694,7 @@ def describe_detector(net, data, start=""):
     names = ("mean", "bank", "k", "standard") if score == "micl_knn" else ("mean",)
     return {"image_mean": net.image_mean.cpu(), "image_std": net.image_std.cpu(),
             "size": net.size, "classes": list(data.classes), "arch": net.arch, "score": score,
-            "val": conf.float().sort()[0], "digest": models.digest(net), "start": start,
+            "val": conf.float().sort()[0], "digest": models.digest(net), "grew_from": grew_from,
             **{name: ref[name] for name in names}}
 
 
@@ -823,6 +824,13 @@ def positive(text):
     return int(text)
 
 
+def seed(text):
+    """An argparse type: a whole number from 0 to 10 ** 17."""
+    if not 0 <= int(text) <= 10 ** 17:
+        raise ValueError
+    return int(text)
+
+
 def path(text):
     """An argparse type: a path. An empty one may be a shell's variable that was never set."""
     if not text:
@@ -843,7 +851,7 @@ def common_parser(doc):
     add("--dataset", metavar="{" + ",".join(NAMED) + ",FOLDER}", default="shapes", type=path,
         help="the ID set (%(default)s); FOLDER holds train/CLASS/... (val/, test/)")
     add("--size", type=int, choices=SIZES, metavar="S",
-        help="side of the images, a multiple of 32 up to 320 (the network's, or 32)")
+        help="side of the images, a multiple of 32 up to 320 (the network's own)")
     add("--data-root", metavar="DIR", default="data", type=path,
         help="in the OpenOOD v1.5 layout, or where torchvision downloads (%(default)s)")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else

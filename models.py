@@ -19,7 +19,7 @@ import torch.nn.functional as F
 RESNETS = {"resnet18": (2, 64), "resnet_small": (1, 32), "resnet_tiny": (1, 16)}
 PRETRAINED = "efficientnet_lite0"
 ARCHS = (*RESNETS, PRETRAINED)
-BATCH, LARGE_BATCH = 500, 64  # images at once without training; images of 96 pixels or more
+BATCH, BATCH_OF_LARGE = 500, 64  # images at once without training; images of 96 pixels or more
 
 
 class Mistake(ValueError):
@@ -237,7 +237,7 @@ def feature_batches(net, images):
     training, device = net.training, net.fc.weight.device
     net.eval()
     try:
-        batches = images.split(BATCH if net.size < 96 else LARGE_BATCH)
+        batches = images.split(BATCH if net.size < 96 else BATCH_OF_LARGE)
         for batch in progress("batches through the network", batches):
             with autocast(device):
                 maps = net.lower(net.prepare(batch.to(device)))
@@ -331,7 +331,7 @@ def size_of(path):
     """A file of weights -> the side of its images by a ResNet's stem; None: there is no such stem.
     """
     stem = read_state(path).get("conv1.weight", torch.empty(0))
-    return {3: 32, 7: 224}.get(stem.shape[-1])
+    return {(3,): 32, (7,): 224}.get(tuple(stem.shape[-1:]))
 
 
 def load_network(path, num_classes, size, arch=None):

@@ -5,7 +5,8 @@
 1. Per class, the training features farthest from their class by k-nearest-neighbour distance, and
    around them the Gaussian draws farther still: boundary outliers (the paper's section 3.2).
 2. A latent is the code of a feature map, between `lower` and `upper`. A diffusion model, trained
-   here in a minute, learns the latents of ID images given their unit features.
+   here in a minute, learns the latents of ID images given their unit features. Where there are
+   fewer than 2,000 images, a Gaussian with a mean linear in the feature takes its place.
 3. For each boundary outlier it draws two from the same noise: the latent, given the outlier, and
    the inlier, given the nearest training feature. Their difference, the step, added to the map of
    an ID image, is an outlier map. What the model adds to both draws cancels in the step.
@@ -86,15 +87,16 @@ def boundary_outliers(features, labels, per_class=100, generator=None, k_fractio
     """Outliers about the boundary of every class -> (float32 [C * per_class, D] unit, labels).
 
     features float32 [N, D] of any length, labels int64 [N]. Per class, the `images` with the
-    farthest k-th neighbour (k = k_fraction of the class) are its boundary. Around each in turn
-    the `keep` farthest of `draws` samples of N(0, s^2 I), renormalised, are kept. NPOS: 2303.02966.
+    farthest k-th neighbour (k = k_fraction of the class) are its boundary. Around each in turn,
+    until there are per_class, the `keep` farthest of `draws` samples of N(0, s^2 I), renormalised,
+    are kept. NPOS: 2303.02966.
 
     s = sigma sqrt(768 / D), so that the cosine of a sample to its boundary point, about
     1 / sqrt(1 + s^2 D), is at every D what it is at D = 768, the width of the released teacher.
     ValueError if a class has one image, which has no neighbour, or a feature is not finite.
     """
     if not features.isfinite().all():
-        raise ValueError("boundary_outliers: a feature is not finite")
+        raise models.Mistake("boundary_outliers: a feature is not finite")
     features = F.normalize(features.float(), dim=1)
     generator = generator or torch.Generator(features.device).manual_seed(0)
     s = sigma * math.sqrt(768 / features.shape[1])
@@ -102,7 +104,7 @@ def boundary_outliers(features, labels, per_class=100, generator=None, k_fractio
     for label in models.progress("classes with boundary outliers", classes.tolist()):
         bank = features[labels == label]  # [n, D]
         if len(bank) < 2:
-            raise ValueError(f"boundary_outliers: class {label} has a single image")
+            raise models.Mistake(f"class {label} has a single image, without a neighbour: add one")
         k = max(1, min(len(bank) - 1, round(k_fraction * len(bank))))
         far = kth_distance(bank, bank, k + 1)  # k + 1: an image is its own nearest neighbour
         points = bank[far.argsort(descending=True, stable=True)[:images]]  # [P, D]
@@ -171,10 +173,10 @@ def encode(maps, codec):
 def outlier_maps(maps, outliers, n, generator, noise=False, share=(0, 1)):
     """Maps of ID images [B, C, H, W], tensors of outliers.pt -> outlier maps [n, C, H, W].
 
-    Each is host + factor * step, and nowhere less than the hosts are: a host map, a latent and a
-    factor from 0 to 2 are drawn; the step leads from the latent's inlier to the latent. noise, a
-    control: normal numbers of the hosts' standard deviation in place of the scaled step, without
-    outliers. share: (rank, number of processes); all draw alike, each keeps its own n.
+    Each is host + factor * step, cut off below at the least number of all hosts (0 after a ReLU).
+    A host map, a latent and a factor from 0 to 2 are drawn; the step leads from the latent's inlier
+    to the latent. noise, a control: normal numbers of the hosts' standard deviation in place of the
+    scaled step. share: (rank, number of processes); all draw alike, each keeps its own n.
     """
     rank, world = share
     draws = torch.rand(world * n, 3, generator=generator, device=maps.device)[rank::world]  # [n, 3]
@@ -188,7 +190,7 @@ def outlier_maps(maps, outliers, n, generator, noise=False, share=(0, 1)):
         codes = outliers["latent"][index] - outliers["inlier"][index]  # [n, L]
         codes = 2 * strength[:, None] * outliers["scale"] * codes
         step = (codes @ outliers["basis"]).unflatten(1, maps.shape[1:])
-    return torch.maximum(hosts + step, hosts.amin().clamp_max(0))  # a ResNet's maps end in a ReLU
+    return torch.maximum(hosts + step, hosts.amin().clamp_max(0))
 
 
 # --- Latent diffusion: v-prediction (arXiv 2202.00512), cosine schedule.
@@ -337,11 +339,12 @@ def gaussian_outliers(features, labels, per_class, generator):
 def main():
     parser = evaluate.common_parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", metavar="FILE", help="weights of the network whose feature space is searched")
-    add("--out", metavar="FILE", default="outliers.pt", help="file for the outliers (%(default)s)")
+    add("checkpoint", metavar="FILE", type=evaluate.path, help="weights of the network")
+    add("--out", metavar="FILE", type=evaluate.path, default="outliers.pt",
+        help="file for the outliers (%(default)s)")
     add("--per-class", type=evaluate.positive, default=50, help="boundary outliers of a class (50)")
     add("--diffusion-steps", type=evaluate.positive, default=1000, help="of training")
-    add("--seed", type=int, default=0)
+    add("--seed", type=evaluate.seed, default=0)
     args = parser.parse_args()
     if Path(args.out).exists():
         raise models.Mistake(f"{args.out} is there already: remove it, or name another --out")

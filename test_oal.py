@@ -26,7 +26,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from sklearn import metrics as sk
 from torch import allclose
 
@@ -38,7 +38,7 @@ from evaluate import detection_metrics, load_detector, load_set, read_classes, r
 from losses import MICL, VOS, distill, distill_maps, outlier_exposure, ratio
 from models import load_network, predict
 from results import benchmark, plot, tables
-from synthesize import boundary_outliers, draw_latents, encode, fit_codec, kth_distance, outlier_maps
+from synthesize import boundary_outliers, draw_latents, encode, fit_codec, outlier_maps
 
 HERE, LISTS = Path(__file__).resolve().parent, Path("data/benchmark_imglist/cifar100")
 parametrize = pytest.mark.parametrize
@@ -614,7 +614,7 @@ def test_boundary_outliers_against_a_loop():
     assert found_labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and found.dtype == torch.float32
     assert allclose(found, torch.stack(expected), atol=1e-5)
     for wrong, classes in ((features * float("nan"), labels), (features, torch.arange(60) // 59)):
-        with pytest.raises(ValueError):  # not finite; a class of a single image, which has no neighbour
+        with pytest.raises(models.Mistake):  # not finite; a class of a single image, which has no neighbour
             boundary_outliers(wrong, classes, 2)
 
 
@@ -945,8 +945,8 @@ def test_a_threshold_keeps_its_promise():
 def test_what_few_images_cannot_give_is_an_error_that_names_what_they_can(n):
     detector = detector_of(torch.arange(float(n)))
     assert detector.threshold == 0
-    for wrong in (1.0, 0.0, -0.5, 0.01):
-        with pytest.raises(ValueError) as told:
+    for wrong in (1.0, 0.0, -0.5, math.nan, math.inf, 0.01):
+        with pytest.raises(models.Mistake) as told:
             detector.threshold_at(wrong)
     smallest = max(float(word.strip(":,")) for word in str(told.value).split() if word.startswith("0."))
     assert detector.threshold_at(smallest) == 0 and smallest < 1.01 / (n + 1)
@@ -957,7 +957,7 @@ def test_copies_among_validation_images_count_once(float32):
     data = image_set(images, val=(torch.cat([images[:25], images[:20], images[:20]]), torch.zeros(65).long()))
     content = evaluate.describe_detector(net, data)
     _, expected = evaluate.Detector(net, content)(images[:25])
-    assert content["val"].shape == (25,) and allclose(content["val"], expected.sort()[0], rtol=1e-4)
+    assert content["val"].shape == (25,) and allclose(content["val"], expected.sort()[0], rtol=1e-3)
 
 
 def test_near_copies_among_validation_images_are_counted(monkeypatch, capsys):
@@ -1012,7 +1012,7 @@ def test_outlier_maps(monkeypatch):
     assert allclose(noise, (hosts + hosts.std() * normal).clamp_min(0), atol=1e-5) and noise.min() == 0
     assert allclose(above.clamp_min(-49), (3 * hosts.std() * normal).clamp_min(-49), atol=1e-4)
     assert linear.min() == (hosts - 1).min() == -1
-    # Of two processes each has every other one.
+    # Each of two processes has every other one.
     for noise in (False, True):
         whole = outlier_maps(maps[:1], outliers, 6, rng(), noise)
         for rank in range(2):
@@ -1120,7 +1120,7 @@ def test_files_of_another_start_are_refused_before_training(default_run, tiny, r
 
 
 def test_every_option_changes_the_student(default_run, tiny, monkeypatch):
-    """Its own files make a student again; from one start and teacher no two options make the same weights."""
+    """A run's files make its student again; no two options make the same weights."""
     files = {name: default_run / f"{name}.pt" for name in ("ce", "teacher", "outliers", "student")}
     start, given = ("--ce", files["ce"]), ["--teacher", files["teacher"], "--outliers", files["outliers"]]
     monkeypatch.setattr(evaluate, "report", lambda *given: None)
@@ -1189,11 +1189,11 @@ def test_the_files_of_a_run(default_run):
     assert len(set(digests)) == 3
     for name, digest in zip(names, digests):
         content = files[f"{name}.detector.pt"]
-        assert set(content) == set("image_mean image_std size classes arch score val digest start mean".split())
+        assert set(content) == set("image_mean image_std size classes arch score val digest grew_from mean".split())
         assert [content[key] for key in ("size", "classes", "arch", "score")] == [
             32, evaluate.SHAPE_CLASSES, "resnet_tiny", "micl"]
         assert digest == models.digest(load_detector(default_run / f"{name}.pt").net)
-        assert content["start"] == ("" if name == "ce" else digests[0])
+        assert content["grew_from"] == ("" if name == "ce" else digests[0])
         assert content["mean"].shape == (128,) and content["val"].shape == (60,) and (content["val"].diff() >= 0).all()
 
     assert {"command", "device", "versions", "code"} <= set(results)
@@ -1305,7 +1305,7 @@ def test_photographs(pretrained, evaluate_py, capsys, refused):
 
     detector, content = load_detector("run/student.pt"), load("run/student.detector.pt")
     assert content["score"] == "micl_knn" and content["bank"].dtype == torch.float16 and content["k"] == 1
-    assert content["bank"].shape == (12, 1280) and content["start"] == load("run/ce.detector.pt")["digest"]
+    assert content["bank"].shape == (12, 1280) and content["grew_from"] == load("run/ce.detector.pt")["digest"]
     logits, features = predict(detector.net, data.splits["train"][0])
     unit, r = F.normalize(features.double(), dim=1), ratio(logits, features, features.mean(0))
     others = torch.cdist(unit, unit).fill_diagonal_(math.inf).amin(1)  # few to validate: each without itself
@@ -1353,14 +1353,13 @@ def test_a_pretrained_run_resumed_and_other_methods(pretrained, monkeypatch, ref
 def test_your_own_classes(tiny, evaluate_py, tmp_path, refused):
     """The folder by another path is the same run, other images are not; its detector needs none of them."""
     train.TIERS["resnet_tiny"].update(batch=8, ce_epochs=1, teacher_epochs=1, oal_epochs=1)  # tiny restores them
-    draw_classes(tmp_path, photos_train_cat=14, photos_train_dog=8, photos_train_owl=5, strange=4, else_strange=3)
-    words = "--size 64 --arch resnet_tiny --ood strange --ood else/strange --dataset"
+    draw_classes(tmp_path, photos_train_cat=14, photos_train_dog=8, photos_train_owl=5, strange=4)
+    words = "--size 64 --arch resnet_tiny --ood strange --dataset"
     tiny("run", words, "photos")
     results, before, data = results_of("run"), contents("run"), load_set("photos", size=64)
     assert results["classes"] == ["cat", "dog", "owl"] and set(results["sources"].values()) == {"folder"}
-    scores = results["models"]["oal"]["scores"]["micl"]
-    assert set(scores) == {"sets"} and {name: (row["group"], row["n"]) for name, row in scores["sets"].items()} == {
-        "strange": ("yours", 4), "else/strange": ("yours", 3)}
+    row, = results["models"]["oal"]["scores"]["micl"].values()  # neither near nor far
+    assert row["strange"]["group"] == "yours" and row["strange"]["n"] == 4
     tiny("run --resume", words, tmp_path / "photos")
     assert_same(before, contents("run"))
     shutil.copytree("photos", "edited")
@@ -1387,7 +1386,7 @@ def test_your_own_classes(tiny, evaluate_py, tmp_path, refused):
 
 
 def test_a_network_brings_its_own_size_mean_std_and_classes(photos, tiny, refused):
-    """Trained on bright images at 64, given dark ones and no --size, it scores alike in every program."""
+    """Of bright images at 64, given dark ones and no --size, it scores alike in every program."""
     tiny("run", "--epochs 1 --w-maps 0 --size 64 --arch resnet_tiny --ood strange --dataset", photos)
     tiny("on_dark", "--epochs 1 --w-maps 0 --ood strange --dataset dark --ce run/ce.pt --teacher run/teacher.pt")
     go(evaluate, "run/ce.pt --ood strange --dataset dark --out e")

@@ -160,20 +160,20 @@ class OAL(nn.Module):
     def forward(self, x, y, g):
         n = len(y)
         with models.autocast(x.device):
-            maps = self.net.lower(self.net.prepare(x))                # [B, 2W, S/R, S/R]
+            maps = self.net.lower(self.net.prepare(x))                # [B, C, H, W]
             if self.w_micl:
                 # Outliers join the batch, a quarter as many as images: in a pass of their own the
                 # network would learn to tell them by their batch-norm statistics.
                 added = synthesize.outlier_maps(maps, self.outliers, max(1, n // 4), g, self.noise,
                                                 share())
-                maps = torch.cat([maps, added.to(maps)])              # [B + M, 2W, S/R, S/R]
+                maps = torch.cat([maps, added.to(maps)])              # [B + M, C, H, W]
                 maps = maps.contiguous(memory_format=torch.channels_last)
             features, later_maps = self.net.upper(maps, return_maps=True)  # [B + M, D]
             logits = self.net.classify(features)                      # [B + M, K]
             if self.teacher_head:
                 teacher_logits = self.teacher_head(features[:n])
             elif self.teacher:
-                teacher_logits, teacher_maps = self.teacher(x)
+                teacher_logits, teacher_maps = self.teacher(x)        # it prepares x itself
         ce = F.cross_entropy(logits[:n], y)
         kd = maps_kd = micl = torch.zeros_like(ce)
         if self.w_kd:
@@ -226,7 +226,6 @@ def train(stage, objective, data, run, optimizer=None):
     step. A resumed run goes on from checkpoint.pt.
     """
     options, net, (images, labels) = run.options, objective.net, data.splits["train"]
-    net.requires_grad_()
     models.to_device(objective, images.device).train()
     if options["arch"] == models.PRETRAINED:  # the last layer learns; batch norm stays as it is
         net.requires_grad_(False).eval()
@@ -262,6 +261,7 @@ def train(stage, objective, data, run, optimizer=None):
         if number == 0:
             order = torch.randperm(len(images), generator=g, device=images.device)
         index = order[number * batch:(number + 1) * batch]
+        index = index[:len(index) // world * world]  # equal shares, so that all draw alike
         x = augment(images[index], options["crop"], g)
         loss, terms = engine(x[rank::world], labels[index][rank::world], g)
         optimizer.zero_grad()
@@ -278,7 +278,7 @@ def train(stage, objective, data, run, optimizer=None):
         shown = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
         if not all(map(math.isfinite, means.values())):
             raise Mistake(f"the loss is not finite by {stage} step {step + 1}: {shown}; lower a "
-                          "--w-* weight, or add images to a small training set")
+                          "weight, or add images to a small training set")
         elapsed = time.perf_counter() - begun
         run.seconds[stage] += elapsed
         if is_first():
@@ -340,8 +340,9 @@ def load_images(options, data_root, ood, device):
     if is_first():
         barrier()
     images, labels = data.splits["train"]
-    if labels.bincount(minlength=len(data.classes)).min() < 2:
-        raise Mistake(f"the training set of {data.name} is too small: each class needs 2 images")
+    if labels.bincount(minlength=len(data.classes)).min() < 2 or len(images) < 2 * share()[1]:
+        raise Mistake(f"the training set of {data.name} is too small: each class and each process "
+                      "needs 2 images")
     if is_first() and data.missing():
         print(f"missing, and left out of the means: {', '.join(data.missing())}", flush=True)
     data.splits["train"] = images.to(device), labels.to(device)
@@ -366,9 +367,9 @@ def load_files(options, data, device):
             start = models.build(options["arch"], classes, options["size"])
         start.set_scale(data.mean, data.std)
     models.to_device(start, device)
-    if options["teacher"]:
+    if options["teacher"] and distils(options):
         teacher, detector = evaluate.open_network(options["teacher"], data, device)
-        if detector.get("start") != models.digest(start):
+        if detector.get("grew_from") != models.digest(start):
             raise Mistake(f"{options['teacher']} has not grown from {options['ce']}: name the "
                           "teacher.pt of its run; released/released.py takes other teachers")
     if options["outliers"] not in ("diffusion", "noise"):
@@ -384,7 +385,6 @@ def begin_run(options, out, resume, data, start, teacher, outliers):
         digest.append(f"{evaluate.digest_of(outliers['latent'], outliers['inlier']):08x}")
     seconds = dict.fromkeys(("ce", "teacher", "synthesize", "oal"), 0.0)
     run = Run(options, " ".join(digest), out, seconds)
-    barrier()  # until every process has looked for the networks
     if resume and (out / "checkpoint.pt").exists():
         saved = models.load_tensors(out / "checkpoint.pt", "a checkpoint of this program")
         before = {**options, **saved["options"]}
@@ -433,8 +433,8 @@ def warn_of_near_copies(net, data):
     """Says how many validation images are nearly the same as a training image."""
     (images, _), (val, _) = data.splits["train"], data.splits["val"]
     (_, features), (_, queries) = models.predict(net, images), models.predict(net, val)
-    nearest, median = (evaluate.nearness(queries, features, k) for k in (1, len(features) // 2))
-    near = (nearest > NEAR_COPY * median).sum().item()
+    nearest, median = (-evaluate.nearness(queries, features, k) for k in (1, len(features) // 2))
+    near = (nearest < NEAR_COPY * median).sum().item()
     if near > len(val) / 4:  # a share c of copies makes 5 % into 5 % / (1 - c)
         print(f"{near} of {len(val)} validation images have a near-copy among the training images "
               "(bursts, frames, augmented pictures?): more new images will be flagged than the "
@@ -504,7 +504,7 @@ def parse_args():
     add("--ood", nargs="+", action="extend", default=[], type=evaluate.path, metavar="FOLDER",
         help="folders of your own OOD images")
     add("--out", type=evaluate.path, help="folder for everything that is written (runs/DATASET)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=evaluate.seed, default=0)
     add("--arch", choices=models.ARCHS, help="resnet_tiny for shapes, resnet18 for CIFAR, "
         "efficientnet_lite0, with ImageNet weights, for a FOLDER")
     add("--epochs", type=evaluate.positive, help="of each stage (the arch's own)")
@@ -520,8 +520,8 @@ def parse_args():
         add(f"--{name.replace('_', '-')}", type=float, help="weight of the term; 0 leaves it out")
     args = parser.parse_args()
     given = {name: value for name in WEIGHTS if (value := getattr(args, name)) is not None}
-    if not 0 <= args.seed <= 10 ** 17 or not all(map(math.isfinite, given.values())):
-        raise Mistake("--seed is a whole number from 0 on, a weight is a finite number")
+    if not all(map(math.isfinite, given.values())):
+        raise Mistake("--w-kd, --w-maps and --w-micl are finite numbers")
 
     content = evaluate.read_detector(args.ce) if args.ce else {}
     default = {"shapes": "resnet_tiny", "cifar10": "resnet18", "cifar100": "resnet18"}

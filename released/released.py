@@ -92,7 +92,7 @@ def parse_args():
     add, count, path = parser.add_argument, evaluate.positive, evaluate.path
     add("--ood", nargs="+", action="extend", default=[], type=path, metavar="FOLDER")
     add("--out", type=Path, default="runs/released", help="folder for all files (%(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=evaluate.seed, default=0)
     add("--arch", choices=models.RESNETS, help="resnet_tiny for shapes, else resnet18")
     add("--epochs", type=count, help="of each stage (100; of a teacher by name 50)")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -280,7 +280,7 @@ def load_teacher(teacher, start, data):
     if "name" not in state:  # a network of this project
         evaluate.size_of(teacher, start.size)  # Mistake: its images have another size
         net, detector = evaluate.open_network(teacher, data, device)
-        return net, detector.get("start") == models.digest(start)
+        return net, detector.get("grew_from") == models.digest(start)
     if len(state["fc.bias"]) != classes:
         raise Mistake(f"{teacher} is not for {classes} classes: name its own --dataset")
     net = Torchvision(bytes(state["name"].tolist()).decode(), classes)
