@@ -591,7 +591,9 @@ def print_table(path, entry, scores):
     columns = [(group, metric) for group in ("near", "far") if group in entry["scores"]["micl"]
                for metric in ("auroc", "fpr95")]
     heads = [*(f"{group} {metric.upper()}" for group, metric in columns), *sets]
-    print(f"\n{path}: accuracy {entry['id_acc']:.1f}; AUROC of each set\n")
+    print(f"\n{path}: accuracy {entry['id_acc']:.1f}" + "; AUROC of each set\n" * bool(sets))
+    if not sets:
+        return
     print(f"| score | {' | '.join(heads)} |\n|{'---|' * (1 + len(heads))}")
     for score in scores:
         row = entry["scores"][score]
@@ -879,6 +881,8 @@ def main():
     add("--rate", type=float, help="of --flag: the share of new ID images to be flagged (0.05)")
     add("--out", default="runs/evaluate", type=path, help="folder for results.json (%(default)s)")
     args = parser.parse_args()
+    if args.rate is not None and not args.flag:
+        raise Mistake("--rate is of --flag: add --flag FOLDER")
     size = size_of(args.checkpoint, args.size)
     if args.flag:
         data = None

@@ -1137,6 +1137,21 @@ def test_every_option_changes_the_student(default_run, tiny, monkeypatch):
     assert not any(one.equal(other) for one, other in itertools.combinations(weights, 2))
 
 
+def test_a_process_draws_its_own_outliers_and_micl_has_no_weight_decay(tiny, watch, monkeypatch):
+    """train.share() reaches outlier_maps; of the student's two groups the second, a and tau, is MICL's."""
+    drawn, built = watch(synthesize, "outlier_maps"), watch(torch.optim, "SGD")
+    tiny("run", "--epochs 1")
+    (groups,), _ = built[-1]
+    assert [(len(group["params"]) == 2, group["weight_decay"]) for group in groups] == [(False, 5e-4), (True, 0)]
+    assert {given[-1] for given, _ in drawn} == {(0, 1)}
+    monkeypatch.setattr(train, "share", lambda: (1, 2))
+    _, options = go(train, "--w-kd 0 --w-maps 0", main="parse_args")
+    net, x = tiny_net(), random_images(8)
+    objective = train.OAL(net, None, random_outliers(net.lower(net.prepare(x))), image_set(x), options)
+    objective(x, torch.arange(8), rng())
+    assert drawn[-1][0][-1] == (1, 2)
+
+
 # --- Whole runs: a killed run goes on to the same bits; its files hold what others may rely on.
 
 def killed_and_resumed(run, when=lambda name, *state: True):
@@ -1160,10 +1175,10 @@ def killed_and_resumed(run, when=lambda name, *state: True):
 
 
 def test_a_killed_run_resumed_has_the_same_bits(default_run, tiny, refused):
-    """Killed after each file: checkpoints, detectors, weights, outliers, results."""
+    """Killed after each file that it writes."""
     files = contents(default_run)
     killed = killed_and_resumed(lambda resume: tiny("a", resume))
-    assert killed.count("checkpoint.pt") > 7 and len(killed) > 15  # two epochs each, and what lies between
+    assert killed.count("checkpoint.pt") > 7 and len(killed) > 15  # two epochs a stage
     assert_same(files, contents("a"))
     assert "student.pt" in refused(tiny, "a")
     for words, named in (("--seed 1", "seed"), ("--w-kd 2", "w_kd"), ("--outliers noise", "outliers")):
@@ -1203,7 +1218,7 @@ def test_the_files_of_a_run(default_run):
 
 
 def test_every_figure_follows_from_scores_npz(default_run):
-    """A reader's own AUROC of the confidences is that of results.json, and means are over the sets of a group."""
+    """The AUROC of the confidences is that of results.json; means are over the sets of a group."""
     arrays, sets, found = np.load(default_run / "scores.npz"), {}, results_of(default_run)["models"]
     for model, score in itertools.product(found, evaluate.SCORES):
         entry = found[model]["scores"][score]
@@ -1884,7 +1899,7 @@ def test_the_tables_under_a_command_are_what_it_prints():
 
 
 def test_the_figures_of_readme_are_those_of_the_files():
-    """Means and paired differences over the three seeds of results/, and the shares that are flagged."""
+    """Means and paired differences over the seeds, and the shares that are flagged."""
     page = " ".join((HERE / "README.md").read_text().split())
     def figures(name, score, model="oal", groups=("near", "far")):  # [seeds, accuracy and an AUROC for each group]
         runs = [json.loads(path.read_text())["models"][model] for path in sorted(HERE.glob(f"results/{name}-?.json"))]
@@ -1907,7 +1922,7 @@ def test_the_figures_of_readme_are_those_of_the_files():
     (_, *start), (_, *student) = (figures("cifar100/oal", "fdbd", model).mean(0) for model in ("ce", "oal"))
     assert "{:.1f} / {:.1f} on the start, {:.1f} / {:.1f} on OAL".format(*start, *student) in page
     for model, score in (("ce", "ebo"), ("ce", "micl_knn"), ("oal", "micl_knn")):
-        cells = figures("photos/oal", score, model, ("photos/near", "photos/far")).mean(0)
+        cells = figures("photos/oal", score, model).mean(0)
         assert f"| {' | '.join(f'{cell:.1f}' for cell in cells)} |" in page
 
     seeds = json.loads((HERE / "results/flags.json").read_text())["seeds"].values()

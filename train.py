@@ -388,7 +388,8 @@ def begin_run(options, out, resume, data, start, teacher, outliers):
     if resume and (out / "checkpoint.pt").exists():
         saved = models.load_tensors(out / "checkpoint.pt", "a checkpoint of this program")
         before = {**options, **saved["options"]}
-        paths = ("dataset", "ce", "teacher")  # the digest says whether their content is the same
+        # The digest says whether the content of these is the same.
+        paths = ("dataset", "ce", "teacher", *(["outliers"] if outliers else []))
         differ = [name for name in options if name not in paths and before[name] != options[name]]
         if saved["digest"] != run.digest:
             differ.append("training images or files")
