@@ -3,7 +3,7 @@
     python evaluate.py runs/cifar100/student.pt --dataset cifar100 --data-root DIR [--ood FOLDER]
     python evaluate.py runs/photos/student.pt --flag FOLDER [--rate 0.01] > flags.csv
 
-The first measures networks on the benchmark, the second gives a verdict for each image. Lists,
+The first measures a network on the benchmark, the second gives a verdict for each image. Lists,
 transform and metrics are those of OpenOOD v1.5 (arXiv 2306.09301). A score is a confidence: higher
 = more in-distribution.
 """
@@ -224,7 +224,8 @@ def from_torchvision(dataset, split, root, size):
                    "texture": ("DTD", ["train", "val", "test"])}.get(name, (None, []))
 
     def read(place):
-        image, label = place[0][place[1]]
+        part, i = place
+        image, label = part[i]
         return to_tensor(image, size), label
 
     def make():
@@ -559,9 +560,9 @@ def measure(net, data, ref):
 
 
 def report(paths, data, device, out, facts):
-    """{name: file of weights} on the sets of data: prints a table each, writes the files of --out.
+    """{name: file of weights} on the sets of data: prints a table each, writes two files into out.
 
-    These are results.json, the facts and every figure, and scores.npz, every confidence.
+    results.json has the facts and every figure, scores.npz every confidence.
     """
     begun, results, arrays = time.perf_counter(), {**facts, "models": {}}, {}
     for name, path in paths.items():
@@ -572,8 +573,8 @@ def report(paths, data, device, out, facts):
         results.setdefault("arch", net.arch)
         arrays |= {f"{name}/{score}/{split}": conf.float().numpy()
                    for score, sets in confidences.items() for split, conf in sets.items()}
-        best = detector.get("score", score_of(net))
-        print_table(path, results["models"][name], dict.fromkeys(["ebo", "fdbd", "micl", best]))
+        scores = dict.fromkeys(["ebo", "fdbd", "micl", score_of(net)])  # each once
+        print_table(path, results["models"][name], scores)
     if data.missing():
         print(f"missing, in no mean: {', '.join(data.missing())}")
     results["seconds"]["evaluate"] = time.perf_counter() - begun
@@ -630,7 +631,7 @@ class Detector:
     """detector(images) -> (class indices int64 [N], scores [N]); OOD where score < .threshold.
 
     images: uint8 [N, 3, S, S], RGB, a tensor or an array, S = .size; `judge` prepares files.
-    .threshold flags 5 % of new ID images, or as few as the validation images can give;
+    .threshold flags 5 % of new ID images, or the least that few validation images can give;
     .threshold_at(rate) another share. Also: .net, and the entries of NAME.detector.pt, as .classes.
     """
 
@@ -710,10 +711,13 @@ def read_detector(path):
     if not os.path.exists(beside(path)):
         return {}
     content = models.load_tensors(beside(path), "a detector of this program")
+    names = {"image_mean", "image_std", "classes", "digest"}
     try:
-        bank = content["bank" if content["score"] == "micl_knn" else "mean"]
-        fits = (bank.shape[-1:] == content["mean"].shape and content["val"].ndim == 1 <= len(
-            content["val"]) and content["arch"] in models.ARCHS and content["size"] in SIZES)
+        knn = content["score"] == "micl_knn"
+        names |= {"k", "standard"} if knn else set()
+        fits = (content["bank" if knn else "mean"].shape[-1:] == content["mean"].shape
+                and content["val"].dim() == 1 and len(content["val"]) and names <= content.keys()
+                and content["arch"] in models.ARCHS and content["size"] in SIZES)
     except (KeyError, TypeError, AttributeError):
         fits = False
     if not fits:

@@ -2,8 +2,8 @@
 
     loss = cross-entropy + 4 KL(logits) + 16 error(feature maps) + 1 MICL(outlier maps)
 
-The sum stands in train.py, `OAL.forward`. Paper: Gao et al., arXiv 2406.16525. The losses of the
-paper's own code are in released/released.py.
+The sum stands in train.py, `OAL.forward`; these are its weights for a network trained from nothing.
+Paper: Gao et al., arXiv 2406.16525. The losses of its own code are in released/released.py.
 """
 import math
 

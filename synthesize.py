@@ -173,10 +173,10 @@ def encode(maps, codec):
 def outlier_maps(maps, outliers, n, generator, noise=False, share=(0, 1)):
     """Maps of ID images [B, C, H, W], tensors of outliers.pt -> outlier maps [n, C, H, W].
 
-    Each is host + factor * step, cut off below at the least number of all hosts (0 after a ReLU).
-    A host map, a latent and a factor from 0 to 2 are drawn; the step leads from the latent's inlier
-    to the latent. noise, a control: normal numbers of the hosts' standard deviation in place of the
-    scaled step. share: (rank, number of processes); all draw alike, each keeps its own n.
+    Each is host + factor * step, cut off below at the least number of all hosts, but no higher than
+    at 0. A host map, a latent and a factor from 0 to 2 are drawn; the step leads from the latent's
+    inlier to the latent. noise, a control: normal numbers of the hosts' standard deviation in place
+    of the scaled step. share: (rank, number of processes); all draw alike, each keeps its own n.
     """
     rank, world = share
     draws = torch.rand(world * n, 3, generator=generator, device=maps.device)[rank::world]  # [n, 3]

@@ -1326,6 +1326,11 @@ def test_photographs(pretrained, evaluate_py, capsys, refused):
     for part, (mean, std) in zip((r, -others), content["standard"].double(), strict=True):
         assert allclose(part.double().mean(), mean, rtol=0.01, atol=1e-3)
         assert allclose(part.double().std(), std, rtol=0.02)
+    for entry in ("bank", "k", "standard"):
+        torch.save({key: value for key, value in content.items() if key != entry}, "run/student.detector.pt")
+        with pytest.raises(ValueError, match="student.detector.pt"):
+            load_detector("run/student.pt")
+    torch.save(content, "run/student.detector.pt")
 
     row, strange = results["models"]["oal"]["scores"]["micl_knn"]["sets"]["strange"], read_folder("strange", 96)[0]
     assert row["auroc"] == detection_metrics(detector(data.splits["test"][0])[1], detector(strange)[1])["auroc"]
@@ -1467,7 +1472,7 @@ def check_gradients():
 def watched(stage, objective, data, run):
     if stage == "ce":
         check_gradients()
-    assert rank == 0 or sorted(data.splits) == ["train", "val"]
+    assert rank == 0 or [*data.splits] == ["train"]
     inner(stage, objective, data, run)
     one = torch.cat([p.detach().flatten() for p in objective.parameters()])
     both = [torch.zeros_like(one) for _ in range(2)]
@@ -1542,6 +1547,10 @@ def test_files_that_are_no_detector(detector, tiny, refused):
         assert name in refused(go, evaluate, "net.pt --flag strange"), damage
         Path(name).write_bytes(whole)
     assert load_detector("net.pt").val.equal(detector.val)
+    content = load("net.detector.pt")
+    for entry in content.keys() - {"grew_from"}:
+        torch.save({key: value for key, value in content.items() if key != entry}, "net.detector.pt")
+        assert "net.detector.pt" in refused(go, evaluate, "net.pt --flag strange"), entry
 
 
 def test_a_detector_in_other_programs(photos, detector):
@@ -1609,7 +1618,8 @@ def test_evaluate_on_a_users_images(default_run, evaluate_py, tiny, refused):
     *((program, f"{words} nowhere", "nowhere") for program, words in (
         (train, "--dataset"), (train, "--ce"), (train, "--dataset cifar100 --data-root"), (train, "--ood"),
         (evaluate, ""), (evaluate, "net.pt --flag"), (evaluate, "net.pt --ood"), (synthesize, ""))),
-    (evaluate, "", ""), (evaluate, "net.pt --rate 2 --flag .", ""), (synthesize, "net.pt --per-class 0", "")])
+    (evaluate, "", ""), (evaluate, "net.pt --rate 0.1", "--flag"), (evaluate, "net.pt --rate 2 --flag .", ""),
+    (synthesize, "net.pt --per-class 0", "")])
 def test_user_errors(program, words, named, tiny, refused):
     save_net("net.pt")
     assert named in refused(go, program, words, "--out out", alone=False) and not Path("out").exists()

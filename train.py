@@ -335,7 +335,7 @@ def load_images(options, data_root, ood, device):
     if not is_first():
         barrier()  # the first process downloads and decodes, the others read what it has left
     # All sets for the first process, which measures; for the others what they train on.
-    wanted, ood = (None, ood) if is_first() else (("train", "val"), ())
+    wanted, ood = (None, ood) if is_first() else (["train"], ())
     data = evaluate.load_set(options["dataset"], data_root, options["size"], wanted, ood)
     if is_first():
         barrier()
@@ -431,7 +431,7 @@ def keep(name, net, data, run, grew_from=""):
 
 
 def warn_of_near_copies(net, data):
-    """Says how many validation images are nearly the same as a training image."""
+    """Says how many validation images have a near-copy in train/, if it is more than a quarter."""
     (images, _), (val, _) = data.splits["train"], data.splits["val"]
     (_, features), (_, queries) = models.predict(net, images), models.predict(net, val)
     nearest, median = (-evaluate.nearness(queries, features, k) for k in (1, len(features) // 2))
@@ -541,14 +541,14 @@ def parse_args():
     if args.peer and (given or args.teacher or from_files or args.contrast != "micl"
                       or args.outliers == "noise"):
         raise Mistake("--peer is not OAL: leave out --teacher, --w-*, --contrast and --outliers")
-    own = {**WEIGHTS, **TIERS[arch], **({"w_micl": 0.5} if args.contrast == "oe" else {}), **given}
-    if args.peer:
-        own |= dict.fromkeys(WEIGHTS, 0.0)
-    named = "dataset seed epochs ce teacher peer contrast outliers".split()
+    options = {name: getattr(args, name) for name in
+               "dataset seed epochs ce teacher peer contrast outliers".split()}
+    options |= {"arch": arch, "size": size, **WEIGHTS, **TIERS[arch]}
+    options |= {"w_micl": 0.5} if args.contrast == "oe" else {}
+    options |= dict.fromkeys(WEIGHTS, 0.0) if args.peer else given
     # A checkpoint holds the state of one kind of device and of one number of processes.
-    machine = {"device": args.device.split(":")[0], "processes": os.environ.get("WORLD_SIZE", "1")}
-    options = {**{name: getattr(args, name) for name in named}, "arch": arch, "size": size, **own,
-               **machine}
+    options["device"] = args.device.split(":")[0]
+    options["processes"] = os.environ.get("WORLD_SIZE", "1")
     args.out = Path(args.out or f"runs/{os.path.basename(os.path.abspath(args.dataset))}")
     return args, options
 

@@ -55,7 +55,6 @@ def benchmark(arch, data, device, out, steps=10):
         for stage, objective in (("ce", ce), ("oal", oal)):
             with TemporaryDirectory(dir=out) as folder:
                 run = train.Run(options=options, digest="", out=Path(folder), seconds={stage: 0.0})
-                train.save_checkpoint(run, "begun")
                 train.train(stage, objective, data, run)
             seconds[f"{stage}_step"].append(run.seconds[stage])  # of its steps alone
     best = {name: min(times[1:]) for name, times in seconds.items()}
