@@ -1199,6 +1199,9 @@ def test_a_killed_run_resumed_has_the_same_bits(default_run, tiny, refused):
         os.remove(f"a/{name}")
     tiny("a", "--resume")
     assert_same(files, contents("a"))
+    for other in (torch.ones(2), load("a/ce.pt")):
+        torch.save(other, "a/checkpoint.pt")
+        assert "a/checkpoint.pt is no checkpoint" in refused(tiny, "a", "--resume")
 
 
 def test_the_files_of_a_run(default_run):

@@ -387,6 +387,9 @@ def begin_run(options, out, resume, data, start, teacher, outliers):
     run = Run(options, " ".join(digest), out, seconds)
     if resume and (out / "checkpoint.pt").exists():
         saved = models.load_tensors(out / "checkpoint.pt", "a checkpoint of this program")
+        if not isinstance(saved, dict) or "digest" not in saved:
+            raise Mistake(f"{out}/checkpoint.pt is no checkpoint of this program: name another "
+                          "--out")
         before = {**options, **saved["options"]}
         # The digest says whether the content of these is the same.
         paths = ("dataset", "ce", "teacher", *(["outliers"] if outliers else []))
