@@ -101,12 +101,13 @@ def load_set(dataset, data_root="data", size=32, wanted=None, ood=()):
             content, source = from_torchvision(dataset, split, root, size), "torchvision"
         if content:
             data.splits[split], data.sources[split] = content, source
-    paths = [os.path.abspath(folder) for folder in ood]
+    paths = [os.fsencode(os.path.abspath(folder)).decode(errors="backslashreplace")
+             for folder in ood]  # names of files may be no text
     names = [*map(os.path.basename, paths), *ID_SPLITS, *data.groups["near"], *data.groups["far"]]
     data.groups["yours"] = [name if names.count(name) == 1 else path
                             for name, path in zip(names, paths)]
-    for name, path in zip(data.groups["yours"], paths):
-        images, *_ = read_folder(path, size)
+    for name, folder in zip(data.groups["yours"], ood):
+        images, *_ = read_folder(folder, size)
         data.splits[name], data.sources[name] = (images, torch.full((len(images),), -1)), "folder"
     return data
 
@@ -146,11 +147,11 @@ def decode(paths, size=32, turned=True):
             return "", f"{type(problem).__name__}: {problem}".splitlines()[0]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pairs = zip(models.progress("images read", paths), pool.map(read, range(len(paths))))
-        digests, reasons = zip(*(result for _, result in pairs)) if paths else ((), ())
-    bad = {str(path): reason for path, reason in zip(paths, reasons) if reason}
-    images = images[[not reason for reason in reasons]] if bad else images
-    return images, list(filter(None, digests)), bad
+        results = pool.map(read, range(len(paths)))
+        results = list(zip(models.progress("images read", paths), results))
+    bad = {str(path): reason for path, (_, reason) in results if reason}
+    images = images[[not reason for _, (_, reason) in results]] if bad else images
+    return images, [digest for _, (digest, _) in results if digest], bad
 
 
 def cached(path, key, make):
@@ -265,6 +266,7 @@ def read_folder(folder, size=32):
         raise problem
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if os.path.realpath(here) in visited:  # a link may lead back up
+            left_out.append(here)
             folders.clear()
             continue
         visited.add(os.path.realpath(here))
@@ -287,8 +289,8 @@ def read_classes(folder, size=32):
     """A user's folder train/CLASS/..., with or without val/CLASS/... and test/CLASS/...
 
     A missing split takes a tenth of each class of train/, or one picture of a class of 4 to 9, by
-    the digest of the pixels: copies stay together, every program splits alike, a new image moves
-    few others.
+    the digest of the pixels: copies in a class stay together, every program splits alike, a new
+    image moves few others.
     """
     train, splits, digests = Path(folder, "train"), {}, {}
     if not train.is_dir():
@@ -713,10 +715,11 @@ def read_detector(path):
     content = models.load_tensors(beside(path), "a detector of this program")
     names = {"image_mean", "image_std", "classes", "digest"}
     try:
-        knn = content["score"] == "micl_knn"
-        names |= {"k", "standard"} if knn else set()
-        fits = (content["bank" if knn else "mean"].shape[-1:] == content["mean"].shape
-                and content["val"].dim() == 1 and len(content["val"]) and names <= content.keys()
+        bank, more = {"micl": ("mean", []), "micl_knn": ("bank", ["k", "standard"])}[
+            content["score"]]
+        fits = (content[bank].shape[-1:] == content["mean"].shape
+                and content["val"].dim() == 1 and len(content["val"])
+                and names.union(more) <= content.keys()
                 and content["arch"] in models.ARCHS and content["size"] in SIZES)
     except (KeyError, TypeError, AttributeError):
         fits = False
@@ -816,25 +819,28 @@ def write(path, content):
 def guarded(main):
     """Runs a program. What a user can cause ends it with one line on stderr and status 2."""
     try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
         main()
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130)
     except (Mistake, OSError, FloatingPointError) as problem:
         print("error:", " ".join(str(problem).split()), file=sys.stderr)
         raise SystemExit(2)
 
 
-def positive(text):
-    """An argparse type: a whole number from 1 on."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def whole(low, high):
+    """-> an argparse type: a whole number from low to high."""
+    def number(text):
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return int(text)
+    return number
 
 
-def seed(text):
-    """An argparse type: a whole number from 0 to 10 ** 17."""
-    if not 0 <= int(text) <= 10 ** 17:
-        raise ValueError
-    return int(text)
+positive, seed = whole(1, 10 ** 9), whole(0, 10 ** 17)
 
 
 def path(text):
@@ -887,13 +893,15 @@ def main():
     args = parser.parse_args()
     if args.rate is not None and not args.flag:
         raise Mistake("--rate is of --flag: add --flag FOLDER")
+    if args.ood and args.flag:
+        raise Mistake("--ood is of the benchmark, --flag is not: leave out one of them")
     size = size_of(args.checkpoint, args.size)
     if args.flag:
-        data = None
-        if not read_detector(args.checkpoint):
-            data = load_set(args.dataset, args.data_root, size, ["train", "val"])
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
+        data = None if read_detector(args.checkpoint) else load_set(
+            args.dataset, args.data_root, size, ["train", "val"])
         return flag(load_detector(args.checkpoint, args.device, data), args.flag, args.rate)
+    if os.path.isfile(args.out):
+        raise Mistake(f"{args.out} is a file: name a folder with --out")
     before = Path(args.out, "results.json")
     if before.exists() and '"command": "evaluate.py' not in before.read_text(errors="replace"):
         raise Mistake(f"{before} is another program's: name another folder with --out")

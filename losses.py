@@ -70,7 +70,7 @@ class MICL(nn.Module):
         features (under torchrun, of the first process's).
         """
         assert is_id.shape == logits.shape[:1], "MICL takes a flag for each row"
-        is_id = is_id.bool()
+        is_id = is_id.to(logits.device, torch.bool)
         n_id, n_outliers = is_id.sum(), (~is_id).sum()
         both = (n_id > 0) & (n_outliers > 0)
         n_id, n_outliers = n_id.clamp_min(1), n_outliers.clamp_min(1)

@@ -322,7 +322,8 @@ def read_state(path):
     for key in ("state_dict", "model", "net"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
+    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))
+            and all(isinstance(name, str) for name in state)):
         raise Mistake(f"{path} is not {what}")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
@@ -347,7 +348,7 @@ def load_network(path, num_classes, size, arch=None):
         if {name: value.shape for name, value in net.state_dict().items()} == shapes:
             net.load_state_dict(state)
             return net.eval()
-    classes = len(state["fc.bias"]) if "fc.bias" in state else num_classes
+    classes = state["fc.bias"].numel() if "fc.bias" in state else num_classes
     if classes != num_classes:
         raise Mistake(f"{path} was trained for {classes} classes, not for {num_classes}: name its "
                       "own --dataset")

@@ -56,7 +56,7 @@ def synthesize(net, data, per_class, diffusion_steps, generator, features=None):
     latent, inlier = (draw(model, conds, noise) for conds in (boundary, nearest))
     print(f"synthesize: {len(latent)} latents of {latent.shape[1]} numbers", flush=True)
     return {"boundary": boundary, "boundary_labels": classes, "latent": latent, "inlier": inlier,
-            **codec, "network": network_of(net)}
+            **codec, "network": network_of(net), "size": torch.tensor(net.size)}
 
 
 def network_of(net):
@@ -70,7 +70,7 @@ def read_outliers(path, net):
     try:
         shape = len(outliers["latent"]), len(outliers["basis"])
         fits = (outliers["latent"].shape == outliers["inlier"].shape == shape
-                and outliers["network"].equal(network_of(net)))
+                and outliers["network"].equal(network_of(net)) and outliers["size"] == net.size)
     except (KeyError, TypeError, AttributeError):
         fits = False
     if not fits:
@@ -348,6 +348,7 @@ def main():
     args = parser.parse_args()
     if Path(args.out).exists():
         raise models.Mistake(f"{args.out} is there already: remove it, or name another --out")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # a mistake ends it before the work
     size = evaluate.size_of(args.checkpoint, args.size)
     data = evaluate.load_set(args.dataset, args.data_root, size, ["train"])
     net, _ = evaluate.open_network(args.checkpoint, data, args.device)

@@ -305,8 +305,8 @@ def test_a_photograph_is_turned_and_its_digest_is_of_all_its_pixels(detector):
 @parametrize("kind, names, counts", [
     ("image", "0.ppm 1.pgm 2.tif A.JPEG folder.png/x.png deep/er/x.PNG", (7, 0, 0, 0)),
     ("text", "a.heic b .png.swp", (1, 0, 3, 0)), ("text", ".png", (1, 1, 0, 0)), ("half", "cut.jpg", (1, 1, 0, 0)),
-    ("pipe", "pipe.png pipe", (1, 1, 1, 0)), ("-> no", "0.png", (1, 1, 0, 0)), ("-> ..", "up", (3, 0, 0, 0)),
-    ("-> ../else", "x y", (3, 0, 0, 0)), ("image", "good/.hidden/x.png @eaDir/y.png/x.png a@b.c/x.png", (2, 0, 0, 2))])
+    ("pipe", "pipe.png pipe", (1, 1, 1, 0)), ("-> no", "0.png", (1, 1, 0, 0)), ("-> ..", "up", (3, 0, 0, 1)),
+    ("-> ../else", "x y", (3, 0, 0, 1)), ("image", "good/.hidden/x.png @eaDir/y.png/x.png a@b.c/x.png", (2, 0, 0, 2))])
 def test_every_file_of_a_folder_is_accounted_for(kind, names, counts, capsys):
     """Beside one good image each is read once, named as unreadable or counted; a folder left out is named."""
     for name in ("folder/good.png", "else/0.png", "else/1.png"):
@@ -408,16 +408,16 @@ def test_missing_sets_and_files(refused, capsys):
 def test_folders_of_ood_images_have_their_own_names():
     """Or their paths, where two are called alike, or one like a set of the benchmark, whose place none takes."""
     openood_tree()
-    folders = ["mine/", "a/same", "b/same", "svhn", "tin"]
+    folders = ["mine/", "a/same", "b/same", "svhn", "tin", os.fsdecode(b"caf\xe9")]
     for i, name in enumerate(folders):
         save_png(f"{name}/0.png", 200 + i)
     data = load_set("cifar100", ood=folders)
     names, absolute = list(data.groups["yours"]), lambda paths: [*map(os.path.abspath, paths)]
-    assert names[0] == "mine" and absolute(names) == absolute(folders)
-    assert list(data.splits) == ["train", "val", "test", "svhn", *names]
+    assert names[0] == "mine" and names.pop() == "caf\\xe9" and absolute(names) == absolute(folders[:-1])
+    assert list(data.splits) == ["train", "val", "test", "svhn", *names, "caf\\xe9"]  # a name that is no text
     assert [data.splits[name][0][0, 0, 0, 0] for name in names] == [200, 201, 202, 203, 204]
     assert len(data.splits["svhn"][0]) == 6 and "tin" in data.missing() and data.splits["mine"][1].tolist() == [-1]
-    assert [*data.sources.values()] == ["list"] * 4 + ["folder"] * 5
+    assert [*data.sources.values()] == ["list"] * 4 + ["folder"] * 6
 
 
 def test_sets_through_torchvision(tmp_path, monkeypatch, refused, capsys):
@@ -585,8 +585,9 @@ def test_what_is_no_checkpoint_ends_in_one_line_that_names_the_file(refused):
     torch.save(state, "whole")
     without = {name: value for name, value in state.items() if name != "layer1.0.bn1.bias"}
     for form in ([1, 2], {}, {"net": tiny_net(10)}, {**state, "epoch": 5}, without, tiny_net(7).state_dict(),
-                 {**state, "conv1.weight": torch.tensor(1.0)}, torchvision.models.resnet18(num_classes=10).state_dict(),
-                 Path("whole").read_bytes()[:5000], b"text", b""):
+                 *({**state, name: torch.tensor(1.0)} for name in ("conv1.weight", "fc.bias")), {0: torch.ones(1)},
+                 torchvision.models.resnet18(num_classes=10).state_dict(), Path("whole").read_bytes()[:5000], b"text",
+                 b""):
         Path("net.pt").write_bytes(form) if isinstance(form, bytes) else torch.save(form, "net.pt")
         assert "net.pt" in refused(load_network, "net.pt", 10, 32)
     for name, *given in (("whole", 7, 32), ("whole", 10, 224), ("whole", 10, 32, "resnet_small"), ("nowhere", 10, 32)):
@@ -778,6 +779,7 @@ def test_ratio_and_micls_bound_by_hand():
     by_hand = 0.5 * (math.log(1 + math.exp(-3 * -0.1)) + math.log(1 + math.exp(3 * 0.5))) - math.log(2)
     for given in ((logits, features, is_id), (logits[rows], features[rows], is_id[rows])):
         assert abs(critic(*given).item() - by_hand) < 1e-6
+    assert critic.to("meta").train()(logits.to("meta"), features.to("meta"), is_id).is_meta  # is_id from the CPU
 
 
 @parametrize("loss, shapes", [
@@ -1116,6 +1118,8 @@ def test_files_of_another_start_are_refused_before_training(default_run, tiny, r
                                  ("--teacher", start, teacher), ("--outliers", outliers, teacher)):
         error = refused(tiny, "new", option, file, *(["--ce", *given] if given else []))
         assert (str(file) if given else "--ce") in error and not Path("new").exists()
+    shutil.copy(start, "plain.pt")  # without its detector file, at another size
+    assert "not made from" in refused(tiny, "new --ce plain.pt --size 64 --outliers", outliers)
 
 
 def test_every_option_changes_the_student(default_run, tiny, monkeypatch):
@@ -1381,6 +1385,8 @@ def test_a_pretrained_run_resumed_and_other_methods(pretrained, monkeypatch, ref
     for words in ("--w-maps 1", "--size 64", "--teacher whole/student.pt", "--arch resnet_tiny"):
         error = refused(go, train, "--dataset photos --out new --ce whole/ce.pt", words, alone=False)
         assert words.split()[0] in error and not Path("new").exists()
+    save_net("other.pt", 2)
+    assert "add --arch resnet_tiny" in refused(go, train, "--dataset photos --out new --ce other.pt", alone=False)
 
 
 def test_your_own_classes(tiny, evaluate_py, tmp_path, refused):
@@ -1397,7 +1403,10 @@ def test_your_own_classes(tiny, evaluate_py, tmp_path, refused):
     assert_same(before, contents("run"))
     shutil.copytree("photos", "edited")
     save_png("edited/train/cat/0.png", 99)
-    assert "images" in refused(tiny, "run --resume", words, "edited", alone=False)
+    shutil.copytree("photos", "renamed")
+    os.rename("renamed/train/owl", "renamed/train/zebra")
+    for changed in ("edited", "renamed"):
+        assert "images" in refused(tiny, "run --resume", words, changed, alone=False)
     assert_same(before, contents("run"))
 
     content, net = before["student.detector.pt"], load_network("run/student.pt", 3, size=64)
@@ -1460,6 +1469,13 @@ def test_at_224_the_whole_method_runs(tiny, monkeypatch, refused):
 
 
 # --- Processes: two of torchrun share each batch, and end in the same bits, resumed or not.
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch, refused):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", f"{torch.cuda.device_count()}")
+    for device in ("cuda", "cuda:0"):
+        assert "--nproc_per_node" in refused(train.join_processes, device)
+
 
 def test_torchrun():
     Path("tiny.py").write_text(f"""
@@ -1563,8 +1579,9 @@ def test_files_that_are_no_detector(detector, tiny, refused):
     assert load_detector("net.pt").val.equal(detector.val)
     content = load("net.detector.pt")
     for entry in content.keys() - {"grew_from"}:
-        torch.save({key: value for key, value in content.items() if key != entry}, "net.detector.pt")
-        assert "net.detector.pt" in refused(go, evaluate, "net.pt --flag strange"), entry
+        for less in ({}, {"score": "another"}):
+            torch.save({**{key: value for key, value in content.items() if key != entry}, **less}, "net.detector.pt")
+            assert "net.detector.pt" in refused(go, evaluate, "net.pt --flag strange"), entry
 
 
 def test_a_detector_in_other_programs(photos, detector):
@@ -1607,7 +1624,7 @@ def test_a_network_that_tells_nothing_is_no_detector(program, words, key, value,
     assert not Path("out/student.pt").exists() and not Path("out").is_file()
 
 
-def test_evaluate_on_a_users_images(default_run, evaluate_py, tiny, refused):
+def test_evaluate_on_a_users_images(default_run, evaluate_py, tiny, monkeypatch, refused):
     """A run's student on folders with one bad file: as in training."""
     student = default_run / "student.pt"
     for i in range(5):
@@ -1620,7 +1637,10 @@ def test_evaluate_on_a_users_images(default_run, evaluate_py, tiny, refused):
     assert results["sources"]["test"] == "drawn" and results["sources"]["mine"] == "folder"
     for score, groups in results_of(default_run)["models"]["oal"]["scores"].items():
         assert all(groups[group] == found[score][group] for group in ("near", "far"))
-    assert str(default_run) in refused(go, evaluate, student, "--out", default_run)
+    monkeypatch.setattr(evaluate, "load_set", None)  # what cannot be written is said before the work
+    for place in (default_run, "more/a.png"):
+        assert str(place) in refused(go, evaluate, student, "--ood mine --out", place)
+    assert "more/a.png" in refused(go, synthesize, student, "--out more/a.png/o.pt")
 
 
 # --- Programs: what a user can get wrong ends in one line that names it, and status 2.
@@ -1633,10 +1653,18 @@ def test_evaluate_on_a_users_images(default_run, evaluate_py, tiny, refused):
         (train, "--dataset"), (train, "--ce"), (train, "--dataset cifar100 --data-root"), (train, "--ood"),
         (evaluate, ""), (evaluate, "net.pt --flag"), (evaluate, "net.pt --ood"), (synthesize, ""))),
     (evaluate, "", ""), (evaluate, "net.pt --rate 0.1", "--flag"), (evaluate, "net.pt --rate 2 --flag .", ""),
-    (synthesize, "net.pt --per-class 0", "")])
+    (evaluate, "net.pt --flag . --ood .", "--ood"), (synthesize, "net.pt --per-class 0", "")])
 def test_user_errors(program, words, named, tiny, refused):
     save_net("net.pt")
     assert named in refused(go, program, words, "--out out", alone=False) and not Path("out").exists()
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    def pressed():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.guarded(pressed)
+    assert stopped.value.code == 130 and capsys.readouterr().err == "stopped\n"
 
 
 def test_exit_status_and_a_reader_that_has_gone():

@@ -379,7 +379,7 @@ def load_files(options, data, device):
 
 def begin_run(options, out, resume, data, start, teacher, outliers):
     """The folder --out, empty or to be resumed by the same options on the same images -> a Run."""
-    digest = [f"{evaluate.digest_of(*data.splits['train']):08x}",
+    digest = [*data.classes, f"{evaluate.digest_of(*data.splits['train']):08x}",
               *(models.digest(net)[:8] for net in (options["ce"] and start, teacher) if net)]
     if outliers:
         digest.append(f"{evaluate.digest_of(outliers['latent'], outliers['inlier']):08x}")
@@ -466,7 +466,10 @@ def join_processes(device):
     """Joins the processes of torchrun, if it is at work -> the device of this one."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return torch.device(device)
-    if device == "cuda":
+    if device.startswith("cuda"):
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise Mistake(f"there are {torch.cuda.device_count()} GPUs here: start no more "
+                          "processes, by --nproc_per_node")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     # Hours, for the first process to download and draw while the others wait.
@@ -533,7 +536,7 @@ def parse_args():
     pretrained = arch == models.PRETRAINED
     size = args.size or (160 if pretrained else 32)
     size = evaluate.size_of(args.ce, args.size) if args.ce else size
-    if pretrained and size < 96:
+    if pretrained and not args.ce and size < 96:
         raise Mistake(f"--size {size} is too small for {arch}: take a multiple of 32 from 96 on")
     if pretrained and (args.teacher or args.w_maps):
         raise Mistake(f"of {arch} the last layer alone is trained, from the start's own logits: "
