@@ -147,8 +147,8 @@ def decode(paths, size=32, turned=True):
             return "", f"{type(problem).__name__}: {problem}".splitlines()[0]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(read, range(len(paths)))
-        results = list(zip(models.progress("images read", paths), results))
+        results = list(zip(models.progress("images read", paths),
+                           pool.map(read, range(len(paths)))))
     bad = {str(path): reason for path, (_, reason) in results if reason}
     images = images[[not reason for _, (_, reason) in results]] if bad else images
     return images, [digest for _, (digest, _) in results if digest], bad
@@ -817,7 +817,10 @@ def write(path, content):
 
 
 def guarded(main):
-    """Runs a program. What a user can cause ends it with one line on stderr and status 2."""
+    """Runs a program. What a user can cause ends it with one line on stderr and status 2.
+
+    Ctrl-C ends it with status 130.
+    """
     try:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text

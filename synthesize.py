@@ -65,7 +65,7 @@ def network_of(net):
 
 
 def read_outliers(path, net):
-    """A file outliers.pt -> its tensors on the device of net. Mistake: it is of another network."""
+    """A file outliers.pt -> its tensors on the device of net. Mistake: of another network or size."""
     outliers = models.load_tensors(path, "an outliers.pt of this program")
     try:
         shape = len(outliers["latent"]), len(outliers["basis"])

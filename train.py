@@ -58,7 +58,7 @@ NEAR_COPY = 0.4
 class Run(NamedTuple):
     """What a run is, where it writes, how long it took."""
     options: dict  # what decides the weights, beside the images
-    digest: str    # of the training images and of the files that were given
+    digest: str    # the classes; digests of the training images and of the files that were given
     out: Path
     seconds: dict  # by stage
 
@@ -395,7 +395,7 @@ def begin_run(options, out, resume, data, start, teacher, outliers):
         paths = ("dataset", "ce", "teacher", *(["outliers"] if outliers else []))
         differ = [name for name in options if name not in paths and before[name] != options[name]]
         if saved["digest"] != run.digest:
-            differ.append("training images or files")
+            differ.append("classes, training images or files")
         if differ:
             raise Mistake(f"{out} holds a run of other {', '.join(differ)}: resume by the same "
                           "command")
