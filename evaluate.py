@@ -123,6 +123,12 @@ def to_tensor(image, size=32):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def open_image(path):
+    if not os.path.isfile(path):
+        raise OSError("missing, or not a regular file")  # opening a pipe would wait for ever
+    return Image.open(path)
+
+
 def decode(paths, size=32, turned=True):
     """Image files -> (uint8 [N, 3, size, size], N digests of pixels, {path: reason} of the rest).
 
@@ -131,10 +137,8 @@ def decode(paths, size=32, turned=True):
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
 
     def read(i):  # -> (the digest of the whole image, ""), or ("", why there is none)
-        if not os.path.isfile(paths[i]):
-            return "", "not a regular file"  # opening a named pipe would wait for ever
         try:
-            with Image.open(paths[i]) as image:
+            with open_image(paths[i]) as image:
                 if turned:
                     ImageOps.exif_transpose(image, in_place=True)
                 images[i] = to_tensor(image, size)
@@ -661,7 +665,7 @@ class Detector:
         one = isinstance(images, (str, os.PathLike, Image.Image)) or not hasattr(images, "__iter__")
         for image in [images] if one else images:
             try:
-                opened = image if isinstance(image, Image.Image) else Image.open(Path(image))
+                opened = image if isinstance(image, Image.Image) else open_image(Path(image))
                 ready.append(to_tensor(ImageOps.exif_transpose(opened), self.size)[None])
             except Exception as problem:  # PIL raises a dozen types for damaged files
                 raise ValueError(f"{image} cannot be read: {problem}")

@@ -299,17 +299,20 @@ def progress(what, items):
 # --- Files of weights.
 
 def load_tensors(path, what):
-    """A file of torch.save that holds tensors and plain values alone -> its content, on the CPU.
+    """A file of torch.save -> its dict of tensors and plain values, on the CPU.
 
     what: words for what the file should be. OSError: it is not there. Mistake: it is something
     else, or damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch.load raises a dozen types
         if isinstance(problem, OSError) and problem.filename:
             raise
         raise Mistake(f"{path} is not {what} ({str(problem):.200})")
+    if not isinstance(content, dict):
+        raise Mistake(f"{path} is not {what}")
+    return content
 
 
 def read_state(path):
@@ -320,9 +323,9 @@ def read_state(path):
     what = "a file of weights: give a state_dict, saved by torch.save"
     state = load_tensors(path, what)
     for key in ("state_dict", "model", "net"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
+        if isinstance(state.get(key), dict):
             state = state[key]
-    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))
+    if not (state and all(map(torch.is_tensor, state.values()))
             and all(isinstance(name, str) for name in state)):
         raise Mistake(f"{path} is not {what}")
     return {name.removeprefix("module."): value for name, value in state.items()}

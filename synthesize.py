@@ -65,11 +65,12 @@ def network_of(net):
 
 
 def read_outliers(path, net):
-    """A file outliers.pt -> its tensors on the device of net. Mistake: of another network or size."""
+    """A file outliers.pt -> its tensors, where net is. Mistake: of another network or size."""
     outliers = models.load_tensors(path, "an outliers.pt of this program")
     try:
         shape = len(outliers["latent"]), len(outliers["basis"])
-        fits = (outliers["latent"].shape == outliers["inlier"].shape == shape
+        fits = (outliers["latent"].shape == outliers["inlier"].shape == shape and shape[0]
+                and outliers["scale"].dim() == 0
                 and outliers["network"].equal(network_of(net)) and outliers["size"] == net.size)
     except (KeyError, TypeError, AttributeError):
         fits = False

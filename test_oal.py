@@ -1118,6 +1118,11 @@ def test_files_of_another_start_are_refused_before_training(default_run, tiny, r
                                  ("--teacher", start, teacher), ("--outliers", outliers, teacher)):
         error = refused(tiny, "new", option, file, *(["--ce", *given] if given else []))
         assert (str(file) if given else "--ce") in error and not Path("new").exists()
+    content = load(outliers)
+    for odd in (torch.ones(2), {name: content[name] for name in content.keys() - {"scale"}},
+                {**content, "latent": content["latent"][:0], "inlier": content["inlier"][:0]}):
+        torch.save(odd, "odd.pt")
+        assert "odd.pt" in refused(tiny, "new --outliers odd.pt --ce", start) and not Path("new").exists()
     shutil.copy(start, "plain.pt")  # without its detector file, at another size
     assert "not made from" in refused(tiny, "new --ce plain.pt --size 64 --outliers", outliers)
 
@@ -1203,9 +1208,14 @@ def test_a_killed_run_resumed_has_the_same_bits(default_run, tiny, refused):
         os.remove(f"a/{name}")
     tiny("a", "--resume")
     assert_same(files, contents("a"))
-    for other in (torch.ones(2), load("a/ce.pt")):
+    torch.save(models.build("resnet_small", 8).state_dict(), "small.pt")
+    for other, end, name in (("small", "", "ce"), ("a/ce", "", "teacher"), ("a/ce", ".detector", "teacher")):
+        shutil.copy(f"{other}{end}.pt", f"a/{name}{end}.pt")  # another run's; twice of one shape
+        assert f"a/{name}.pt" in refused(tiny, "a", "--resume")
+        shutil.copy(default_run / "ce.pt", "a/ce.pt")
+    for other in (torch.ones(2), load("a/ce.pt"), {"digest": ""}):
         torch.save(other, "a/checkpoint.pt")
-        assert "a/checkpoint.pt is no checkpoint" in refused(tiny, "a", "--resume")
+        assert "a/checkpoint.pt is not a checkpoint" in refused(tiny, "a", "--resume")
 
 
 def test_the_files_of_a_run(default_run):
@@ -1253,6 +1263,24 @@ def test_every_figure_follows_from_scores_npz(default_run):
     assert sets == {"held_out": "near", **dict.fromkeys(evaluate.SHAPE_FAR, "far")}
     assert set(found) == {"ce", "oal"} and len(arrays.files) == 2 * len(evaluate.SCORES) * 7
     assert set(evaluate.SCORES) == set("msp mls ebo knn fdbd micl micl_knn".split())
+
+
+def test_an_objective_of_ones_own(capsys):
+    """What train.train asks of it: `net`, and a loss with its terms, of which each is any scalar."""
+    class Halved(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = tiny_net(3)
+
+        def forward(self, x, y, g):
+            loss = F.cross_entropy(self.net(self.net.prepare(x)), y) / 2
+            return loss, {"half": 0.5, "ce": 2 * loss}
+    objective, data = Halved(), image_set(random_images(40), torch.arange(40) % 3)
+    before, options = copy.deepcopy(objective.net.fc.weight), {**train.TIERS["resnet_tiny"], "epochs": 2, "seed": 0}
+    run = train.Run({**options, "arch": "resnet_tiny"}, "", Path("run"), {"oal": 0.0})
+    train.train("oal", objective, data, run)
+    assert "half 0.500  ce " in capsys.readouterr().out and not objective.net.fc.weight.equal(before)
+    assert load("run/checkpoint.pt")["step"] == 2 and run.seconds["oal"] > 0
 
 
 def test_a_loss_that_is_not_finite_names_its_stage(tiny, refused):
@@ -1565,7 +1593,8 @@ def test_files_that_are_no_detector(detector, tiny, refused):
     """A file is missing, cut short or another's: an exception for a server, one line of a program."""
     save_net("other.pt", 2)
     other = Path("other.pt").read_bytes()
-    for name, damage in (("net.pt", None), ("net.pt", 5000), ("net.pt", other), ("net.pt", b"text"),
+    torch.save(torch.ones(2), "tensor.pt")
+    for name, damage in (("net.detector.pt", Path("tensor.pt").read_bytes()), ("net.pt", None), ("net.pt", 5000), ("net.pt", other), ("net.pt", b"text"),
                          ("net.detector.pt", None), ("net.detector.pt", 500), ("net.detector.pt", other),
                          ("net.detector.pt", b"")):
         whole = Path(name).read_bytes()
@@ -1602,7 +1631,9 @@ def test_a_detector_in_other_programs(photos, detector):
             detector(given)
     save_png("half.png", size=(64, 64))
     os.truncate("half.png", os.path.getsize("half.png") // 2)
-    for bad in ("half.png", "nope.png", "net.pt"):
+    if sys.platform != "win32":
+        os.mkfifo("pipe.png")  # to open it would wait for ever
+    for bad in ("half.png", "nope.png", "net.pt", "pipe.png"):
         with pytest.raises(ValueError, match=bad):
             detector.judge([paths[0], bad, paths[1]])
     for given in (3, None, [3], [paths[0], None], images[0]):
@@ -1647,7 +1678,7 @@ def test_evaluate_on_a_users_images(default_run, evaluate_py, tiny, monkeypatch,
 
 @parametrize("program, words, named", [
     *((train, words, "") for words in (  # each alone is at fault
-        "--colour red", "--arch vgg", "--device abacus", "--device meta", "--seed -1", "--epochs 0", "--w-kd nan",
+        "--colour red", "--arch vgg", "--device abacus", "--device meta", "--seed -1", "--epochs 0", "--w-kd nan", "--w-maps -1",
         "--w-kd wide", "--ce=", "--dataset=", "--size 48", "--peer vos --w-kd 1", "--peer vos --outliers noise")),
     *((program, f"{words} nowhere", "nowhere") for program, words in (
         (train, "--dataset"), (train, "--ce"), (train, "--dataset cifar100 --data-root"), (train, "--ood"),

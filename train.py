@@ -220,7 +220,7 @@ def distils(options):
 # --- The loop.
 
 def train(stage, objective, data, run, optimizer=None):
-    """Trains the objective's submodules in place, for the stage of that name.
+    """Trains the objective's submodules in place; stage: 'ce', 'teacher' or 'oal'.
 
     By SGD, unless another optimiser of theirs is given; the rate falls to 0 along a cosine, step by
     step. A resumed run goes on from checkpoint.pt.
@@ -270,7 +270,8 @@ def train(stage, objective, data, run, optimizer=None):
         schedule.step()
 
         # Every ten seconds the means of the losses; at the end of a period a checkpoint, too.
-        total, count = total + torch.stack([*terms.values(), loss]).detach(), count + 1
+        values = [torch.as_tensor(value, device=x.device) for value in (*terms.values(), loss)]
+        total, count = total + torch.stack(values).detach(), count + 1
         ends = (step + 1) % period == 0 or step + 1 == steps
         if not ends and time.perf_counter() - begun < 10:
             continue
@@ -387,8 +388,8 @@ def begin_run(options, out, resume, data, start, teacher, outliers):
     run = Run(options, " ".join(digest), out, seconds)
     if resume and (out / "checkpoint.pt").exists():
         saved = models.load_tensors(out / "checkpoint.pt", "a checkpoint of this program")
-        if not isinstance(saved, dict) or "digest" not in saved:
-            raise Mistake(f"{out}/checkpoint.pt is no checkpoint of this program: name another "
+        if not {"options", "digest", "seconds", "stage"} <= saved.keys():
+            raise Mistake(f"{out}/checkpoint.pt is not a checkpoint of this program: name another "
                           "--out")
         before = {**options, **saved["options"]}
         # The digest says whether the content of these is the same.
@@ -423,7 +424,10 @@ def keep(name, net, data, run, grew_from=""):
     """
     path = run.out / f"{name}.pt"
     if path.exists():
-        net.load_state_dict(models.read_state(path))
+        known, detector = evaluate.open_network(path, data)
+        if known.arch != net.arch or detector.get("grew_from", grew_from) != grew_from:
+            raise Mistake(f"{path} is another run's: remove it, or put back that of this run")
+        net.load_state_dict(known.state_dict())
     if is_first() and not (path.exists() and os.path.exists(evaluate.beside(path))):
         print(f"{name}.pt and its detector", flush=True)
         content = evaluate.describe_detector(net, data, grew_from)
@@ -527,8 +531,8 @@ def parse_args():
         add(f"--{name.replace('_', '-')}", type=float, help="weight of the term; 0 leaves it out")
     args = parser.parse_args()
     given = {name: value for name in WEIGHTS if (value := getattr(args, name)) is not None}
-    if not all(map(math.isfinite, given.values())):
-        raise Mistake("--w-kd, --w-maps and --w-micl are finite numbers")
+    if not all(0 <= value < math.inf for value in given.values()):
+        raise Mistake("--w-kd, --w-maps and --w-micl are finite numbers from 0 on")
 
     content = evaluate.read_detector(args.ce) if args.ce else {}
     default = {"shapes": "resnet_tiny", "cifar10": "resnet18", "cifar100": "resnet18"}
