@@ -1953,7 +1953,7 @@ def test_benchmark(tiny, monkeypatch):
 
 
 # --- Pages: the figures of README.md and results/README.md are those of the files under results/.
-# ADAPT: both tests are for the pages of 2026-11-30; where a page is rewritten, words and rows move with it.
+# Where a page is rewritten, the words and rows of these tests move with it.
 
 
 def tables_of(lines):
@@ -2000,6 +2000,9 @@ def test_the_figures_of_readme_are_those_of_the_files():
         cells = [f"{mean:+.1f}±{std / 3 ** 0.5:.1f}" if std else "0"
                  for mean, std in zip((one - less).mean(0), (one - less).std(0, ddof=1))]
         assert len(one) == 3 and f"| {' | '.join(cells)} |" in page, cells
+    gain = figures("cifar100/oal", "ebo") - figures("cifar100/kd", "ebo")
+    _, near, far = (f"{mean:+.1f}±{std / 3 ** 0.5:.1f}" for mean, std in zip(gain.mean(0), gain.std(0, ddof=1)))
+    assert f"(by energy {near} near, {far} far)" in page
     _, cost, _ = (figures("cifar10/kd", "micl") - figures("cifar10/oal", "micl")).T
     assert f"{cost.mean():.1f}±{cost.std(ddof=1) / 2 ** 0.5:.1f} in near-OOD (two seeds)" in page
     (_, *start), (_, *student) = (figures("cifar100/oal", "fdbd", model).mean(0) for model in ("ce", "oal"))
