@@ -124,6 +124,7 @@ def to_tensor(image, size=32):
 
 
 def open_image(path):
+    """A path -> its PIL image. OSError: there is none, or it is not a regular file."""
     if not os.path.isfile(path):
         raise OSError("missing, or not a regular file")  # opening a pipe would wait for ever
     return Image.open(path)

@@ -1594,7 +1594,8 @@ def test_files_that_are_no_detector(detector, tiny, refused):
     save_net("other.pt", 2)
     other = Path("other.pt").read_bytes()
     torch.save(torch.ones(2), "tensor.pt")
-    for name, damage in (("net.detector.pt", Path("tensor.pt").read_bytes()), ("net.pt", None), ("net.pt", 5000), ("net.pt", other), ("net.pt", b"text"),
+    for name, damage in (("net.detector.pt", Path("tensor.pt").read_bytes()),
+                         ("net.pt", None), ("net.pt", 5000), ("net.pt", other), ("net.pt", b"text"),
                          ("net.detector.pt", None), ("net.detector.pt", 500), ("net.detector.pt", other),
                          ("net.detector.pt", b"")):
         whole = Path(name).read_bytes()
@@ -1678,8 +1679,9 @@ def test_evaluate_on_a_users_images(default_run, evaluate_py, tiny, monkeypatch,
 
 @parametrize("program, words, named", [
     *((train, words, "") for words in (  # each alone is at fault
-        "--colour red", "--arch vgg", "--device abacus", "--device meta", "--seed -1", "--epochs 0", "--w-kd nan", "--w-maps -1",
-        "--w-kd wide", "--ce=", "--dataset=", "--size 48", "--peer vos --w-kd 1", "--peer vos --outliers noise")),
+        "--colour red", "--arch vgg", "--device abacus", "--device meta", "--seed -1", "--epochs 0", "--w-kd nan",
+        "--w-maps -1", "--w-kd wide", "--ce=", "--dataset=", "--size 48", "--peer vos --w-kd 1",
+        "--peer vos --outliers noise")),
     *((program, f"{words} nowhere", "nowhere") for program, words in (
         (train, "--dataset"), (train, "--ce"), (train, "--dataset cifar100 --data-root"), (train, "--ood"),
         (evaluate, ""), (evaluate, "net.pt --flag"), (evaluate, "net.pt --ood"), (synthesize, ""))),
@@ -1979,6 +1981,20 @@ def test_the_tables_under_a_command_are_what_it_prints():
         heads = {head for head, *_ in shown}
         assert {key[:2] for key in shown} == {key[:2] for key in printed if key[0] in heads}, pattern
     assert {pattern.split("/")[1] for pattern, *_ in commands} >= {"cifar100", "cifar10", "shapes", "photos"}
+
+
+def test_the_table_of_the_ratio_is_that_of_ratio_jsonl():
+    """Accuracy, near and far AUROC of the six forms, of OAL and of distillation alone, of both seeds."""
+    page, runs = (HERE / "results/README.md").read_text(), {}
+    for row in map(json.loads, (HERE / "results/ratio.jsonl").read_text().splitlines()):
+        micl = row["student"]["micl"]
+        runs.setdefault(row["run"], []).append([row["student"]["acc"], micl["near"], micl["far"]])
+    for run, rows in runs.items():
+        less = np.subtract(rows, runs["base"]).mean(0)
+        cells = [" / ".join(f"{one:.1f}" for one in column) for column in zip(*rows, strict=True)]
+        cells = [] if run == "base_kd" else cells + ([", ".join(f"{one:+.1f}" for one in less)] if less.any() else [])
+        assert " | ".join(cells or [", ".join(f"{one:+.1f}" for one in less)]) in page, (run, cells, less)
+    assert len(runs) == 8
 
 
 def test_the_figures_of_readme_are_those_of_the_files():

@@ -420,7 +420,7 @@ def save_checkpoint(run, stage, **state):
 def keep(name, net, data, run, grew_from=""):
     """Writes NAME.pt and NAME.detector.pt, unless they are there; gives net the weights of NAME.pt.
 
-    grew_from: the digest of the network that it started as.
+    grew_from: the digest of the network that it started as. Mistake: the files are another run's.
     """
     path = run.out / f"{name}.pt"
     if path.exists():
