@@ -1984,17 +1984,24 @@ def test_the_tables_under_a_command_are_what_it_prints():
 
 
 def test_the_table_of_the_ratio_is_that_of_ratio_jsonl():
-    """Accuracy, near and far AUROC of the six forms, of OAL and of distillation alone, of both seeds."""
+    """Accuracy, near and far AUROC of both seeds: of OAL, of the six forms less it, of distillation alone less it."""
     page, runs = (HERE / "results/README.md").read_text(), {}
     for row in map(json.loads, (HERE / "results/ratio.jsonl").read_text().splitlines()):
         micl = row["student"]["micl"]
         runs.setdefault(row["run"], []).append([row["student"]["acc"], micl["near"], micl["far"]])
     for run, rows in runs.items():
-        less = np.subtract(rows, runs["base"]).mean(0)
         cells = [" / ".join(f"{one:.1f}" for one in column) for column in zip(*rows, strict=True)]
-        cells = [] if run == "base_kd" else cells + ([", ".join(f"{one:+.1f}" for one in less)] if less.any() else [])
-        assert " | ".join(cells or [", ".join(f"{one:+.1f}" for one in less)]) in page, (run, cells, less)
+        less = ", ".join(f"{one:+.1f}" for one in np.subtract(rows, runs["base"]).mean(0))
+        line = {"base": cells, "base_kd": [less]}.get(run, [*cells, less])
+        assert " | ".join(line) in page, (run, line)
     assert len(runs) == 8
+
+
+def test_the_figures_of_bf16_are_those_of_precision_jsonl():
+    page = " ".join((HERE / "results/README.md").read_text().split())
+    for row in map(json.loads, (HERE / "results/precision.jsonl").read_text().splitlines()):
+        accuracy = ", ".join(f"{row['accuracy'][name]:.1f}" for name in ("held_out", "val", "test"))
+        assert f"{accuracy} in {row['precision']}" in page
 
 
 def test_the_figures_of_readme_are_those_of_the_files():
