@@ -1149,7 +1149,7 @@ def test_every_option_changes_the_student(default_run, tiny, monkeypatch):
         weights.append(load(f"{row}/student.pt")["conv1.weight"])
         assert Path(f"{row}/outliers.pt").exists() == (row == "oe")
         ran = load(f"{row}/checkpoint.pt")["options"]
-        for path in HERE.glob(f"results/cifar*/{row}-?.json"):
+        for path in (*HERE.glob(f"results/cifar*/{row}-?.json"), *HERE.glob(f"results/resnet18/{row}-?.json")):
             noted = json.loads(path.read_text())["options"]
             for name in ("ce", "teacher", "outliers", "peer", "contrast", *train.WEIGHTS):
                 assert os.path.basename(str(ran[name])) == os.path.basename(str(noted[name])), (path, name)
@@ -2012,8 +2012,9 @@ def test_the_figures_of_readme_are_those_of_the_files():
         parts = [{**run["scores"][score], **run["scores"][score]["sets"]} for run in runs]
         aurocs = [[part[group]["auroc"] for group in groups] for part in parts]
         return np.array([[run["id_acc"], *row] for run, row in zip(runs, aurocs, strict=True)])
-    for name, model in (("oal", "ce"), ("xent", "oal"), ("vos", "oal"), ("kd", "oal"), ("oal", "oal")):
-        (accuracy, *ebo), (_, *micl) = (figures(f"cifar100/{name}", score, model).mean(0) for score in ("ebo", "micl"))
+    for name, model in (("cifar100/oal", "ce"), *((f"cifar100/{row}", "oal") for row in ("xent", "vos", "kd", "oal")),
+                        ("resnet18/oal", "ce"), ("resnet18/oal", "oal")):
+        (accuracy, *ebo), (_, *micl) = (figures(name, score, model).mean(0) for score in ("ebo", "micl"))
         assert "| {:.1f} | {:.1f} / {:.1f} | {:.1f} / {:.1f} |".format(accuracy, *ebo, *micl) in page, (name, model)
 
     start, xent, kd, *more = (figures(f"cifar100/{name}", "micl", model) for name, model in (
