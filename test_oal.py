@@ -1980,7 +1980,7 @@ def test_the_tables_under_a_command_are_what_it_prints():
         assert shown and not [key for key in shown if printed.get(key) != shown[key]], pattern
         heads = {head for head, *_ in shown}
         assert {key[:2] for key in shown} == {key[:2] for key in printed if key[0] in heads}, pattern
-    assert {pattern.split("/")[1] for pattern, *_ in commands} >= {"cifar100", "cifar10", "shapes", "photos"}
+    assert {pattern.split("/")[1] for pattern, *_ in commands} >= {"cifar100", "resnet18", "cifar10", "shapes", "photos"}
 
 
 def test_the_table_of_the_ratio_is_that_of_ratio_jsonl():
@@ -2013,8 +2013,8 @@ def test_the_figures_of_readme_are_those_of_the_files():
         aurocs = [[part[group]["auroc"] for group in groups] for part in parts]
         return np.array([[run["id_acc"], *row] for run, row in zip(runs, aurocs, strict=True)])
     for name, model in (("cifar100/oal", "ce"), *((f"cifar100/{row}", "oal") for row in ("xent", "vos", "kd", "oal")),
-                        ("cifar100/teacher", "teacher"), ("resnet18/oal", "ce"),
-                        ("resnet18/kd", "oal"), ("resnet18/oal", "oal")):
+                        ("cifar100/teacher", "teacher"),
+                        ("resnet18/oal", "ce"), ("resnet18/kd", "oal"), ("resnet18/oal", "oal")):
         (accuracy, *ebo), (_, *micl) = (figures(name, score, model).mean(0) for score in ("ebo", "micl"))
         assert "| {:.1f} | {:.1f} / {:.1f} | {:.1f} / {:.1f} |".format(accuracy, *ebo, *micl) in page, (name, model)
 
