@@ -2015,7 +2015,8 @@ def test_the_figures_of_readme_are_those_of_the_files():
         return np.array([[run["id_acc"], *row] for run, row in zip(runs, aurocs, strict=True)])
     for name, model in (("cifar100/oal", "ce"), *((f"cifar100/{row}", "oal") for row in ("xent", "vos", "kd", "oal")),
                         ("cifar100/teacher", "teacher"),
-                        ("resnet18/oal", "ce"), *((f"resnet18/{row}", "oal") for row in ("xent", "kd", "oal"))):
+                        ("resnet18/oal", "ce"), ("resnet18/teacher", "teacher"),
+                        *((f"resnet18/{row}", "oal") for row in ("xent", "kd", "oal"))):
         (accuracy, *ebo), (_, *micl) = (figures(name, score, model).mean(0) for score in ("ebo", "micl"))
         assert "| {:.1f} | {:.1f} / {:.1f} | {:.1f} / {:.1f} |".format(accuracy, *ebo, *micl) in page, (name, model)
 
